@@ -1,0 +1,333 @@
+"""The recurrences of Mamba and Mamba-2, linear in length forward and backward, in plain PyTorch.
+
+Both take the state before the first token, return the state after the last, and forget everything at the start of a
+document. A token with `dt = 0` changes nothing, which is how callers mark pads.
+
+Names here follow linear attention: `value` is the papers' x, `key` is B, `query` is C, `rate` is A, `skip` is D.
+Shapes: B batch, T tokens, D channels, H heads, G groups, P head width, N state size.
+Reference: Gu and Dao 2023, "Mamba", arXiv:2312.00752; Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060.
+Differs: decays are powers of two, since exp2 is about three times as fast as exp on a CPU.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .precision import state_dtype
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+
+
+def _widen(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Bring all tensors to one type, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, state_dtype(tensor.dtype))
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _block_slices(num_tokens: int, block: int) -> list[slice]:
+    return [slice(start, min(start + block, num_tokens)) for start in range(0, num_tokens, block)]
+
+
+# Mamba: one decay for each channel and state entry ---------------------------------------------------------------
+
+
+def selective_scan_reference(
+    value: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    key: Tensor,
+    query: Tensor,
+    skip: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `selective_scan` does, one token at a time."""
+    value, dt, rate, key, query, skip, state = _widen(value, dt, rate, key, query, skip, state)
+    if state is None:
+        state = value.new_zeros(value.shape[0], *rate.shape)
+    outputs = []
+    for t in range(value.shape[1]):
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None], 0.0)
+        write = (dt[:, t] * value[:, t])[..., None] * key[:, t, None, :]  # [B, D, N]
+        state = (dt[:, t, :, None] * rate).exp() * state + write
+        outputs.append((state * query[:, t, None, :]).sum(-1))
+    output = torch.stack(outputs, dim=1)
+    return output if skip is None else output + skip * value, state
+
+
+def selective_scan(
+    value: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    key: Tensor,
+    query: Tensor,
+    skip: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run `h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t`, `y_t = C_t h_t + D x_t` in every channel.
+
+    Args:
+        value: `[B, T, D]`, x.
+        dt: `[B, T, D]`, step sizes, at least 0; 0 at pads.
+        rate: `[D, N]`, A, negative.
+        key: `[B, T, N]`, B.
+        query: `[B, T, N]`, C.
+        skip: `[D]`, D, or `None`.
+        state: `[B, D, N]` before the first token; `None` for zeros.
+        starts: `[B, T]`, True where the state is forgotten before the token; `None` for nowhere.
+
+    Returns:
+        The outputs `[B, T, D]` and the state `[B, D, N]` after the last token, at least float32.
+    """
+    with torch.autocast(value.device.type, enabled=False):
+        value, dt, rate, key, query, skip, state = _widen(value, dt, rate, key, query, skip, state)
+        if state is None:
+            state = value.new_zeros(value.shape[0], *rate.shape)
+        rate = rate * LOG2_E
+        if value.shape[1] == 1:
+            output, state = _selective_step(value, dt, rate, key, query, state, starts)
+        else:
+            rate, state = rate.T.contiguous(), state.transpose(1, 2)  # channels last: they are the long axis
+            output, state = _SelectiveScan.apply(value, dt, rate, key, query, state, starts)
+            state = state.transpose(1, 2)
+        return output if skip is None else torch.addcmul(output, value, skip), state
+
+
+def _selective_step(
+    value: Tensor, dt: Tensor, rate: Tensor, key: Tensor, query: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if starts is not None:
+        state = state.masked_fill(starts[:, 0, None, None], 0.0)
+    decay = torch.exp2(dt[:, 0, :, None] * rate)  # [B, D, N]
+    state = torch.addcmul((dt[:, 0] * value[:, 0])[..., None] * key, decay, state)
+    return torch.matmul(state, query.transpose(1, 2)).transpose(1, 2), state
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """The scan in blocks; backward recomputes each block from the state at its start.
+
+    Autograd over the same loop would fill one zero gradient of full length per token, which is quadratic.
+    """
+
+    BLOCK_ELEMENTS = 1 << 19  # elements of `[B, block, N, D]`: two such buffers stay in the cache
+
+    @staticmethod
+    def _block(value: Tensor, rate: Tensor) -> int:
+        per_token = value.shape[0] * rate.numel()
+        return max(8, min(32, _SelectiveScan.BLOCK_ELEMENTS // per_token, value.shape[1]))
+
+    @staticmethod
+    def _fill(decay: Tensor, memory: Tensor, before: Tensor, inputs: tuple[Tensor, ...], starts: Tensor | None) -> None:
+        """Compute a block's decays and states `[B, block, N, D]` into the two buffers."""
+        value, dt, rate, key = inputs
+        torch.mul(dt.unsqueeze(2), rate, out=decay)
+        decay.exp2_()
+        if starts is not None:
+            decay.masked_fill_(starts[:, :, None, None], 0.0)
+        torch.mul((dt * value).unsqueeze(2), key.unsqueeze(3), out=memory)
+        for step_decay, step_memory in zip(decay.unbind(1), memory.unbind(1), strict=True):
+            step_memory.addcmul_(step_decay, before)
+            before = step_memory
+
+    @staticmethod
+    def forward(
+        ctx,
+        value: Tensor,
+        dt: Tensor,
+        rate: Tensor,
+        key: Tensor,
+        query: Tensor,
+        state: Tensor,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        block = _SelectiveScan._block(value, rate)
+        batch, num_tokens, _ = value.shape
+        shape = (batch, block, *rate.shape)
+        decays, memories = value.new_empty(shape), value.new_empty(shape)
+        output = torch.empty_like(value, memory_format=torch.contiguous_format)
+        checkpoints = []
+        for part in _block_slices(num_tokens, block):
+            checkpoints.append(state)
+            size = part.stop - part.start
+            decay, memory = decays[:, :size], memories[:, :size]
+            part_starts = None if starts is None else starts[:, part]
+            _SelectiveScan._fill(decay, memory, state, (value[:, part], dt[:, part], rate, key[:, part]), part_starts)
+            output[:, part] = torch.matmul(query[:, part].unsqueeze(2), memory).squeeze(2)
+            state = memory[:, -1].clone()
+        ctx.save_for_backward(value, dt, rate, key, query, starts, *checkpoints)
+        return output, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        value, dt, rate, key, query, starts, *checkpoints = ctx.saved_tensors
+        block = _SelectiveScan._block(value, rate)
+        parts = _block_slices(value.shape[1], block)
+        shape = (value.shape[0], block, *rate.shape)
+        decays, memories, grads = (value.new_empty(shape) for _ in range(3))
+        grad_value, grad_dt = torch.empty_like(value), torch.empty_like(dt)
+        grad_rate, grad_key, grad_query = torch.zeros_like(rate), torch.empty_like(key), torch.empty_like(query)
+        with torch.autocast(value.device.type, enabled=False):
+            for part, before in zip(reversed(parts), reversed(checkpoints), strict=True):
+                size = part.stop - part.start
+                decay, memory, grad = decays[:, :size], memories[:, :size], grads[:, :size]
+                inputs = (value[:, part], dt[:, part], rate, key[:, part])
+                _SelectiveScan._fill(decay, memory, before, inputs, None if starts is None else starts[:, part])
+                grad_part = grad_output[:, part]
+                torch.mul(grad_part.unsqueeze(2), query[:, part].unsqueeze(3), out=grad)
+                grad_steps, decay_steps = grad.unbind(1), decay.unbind(1)
+                grad_steps[-1].add_(grad_state)
+                for t in range(size - 1, 0, -1):
+                    grad_steps[t - 1].addcmul_(decay_steps[t], grad_steps[t])
+                grad_state = decay_steps[0] * grad_steps[0]
+                grad_query[:, part] = torch.matmul(memory, grad_part.unsqueeze(3)).squeeze(3)
+                write = (dt[:, part] * value[:, part]).unsqueeze(3)
+                grad_key[:, part] = torch.matmul(grad, write).squeeze(3)
+                grad_write = torch.matmul(key[:, part].unsqueeze(2), grad).squeeze(2)
+                # gradient of the exponents, in place of the decays: grad * decay * state before the step
+                grad[:, 1:].mul_(memory[:, :-1])
+                grad[:, 0].mul_(before)
+                decay.mul_(grad)
+                torch.mul(decay, rate, out=memory)
+                grad_dt[:, part] = torch.addcmul(memory.sum(2) * LN_2, grad_write, value[:, part])
+                grad_value[:, part] = grad_write * dt[:, part]
+                grad_rate += decay.mul_(dt[:, part].unsqueeze(2)).sum((0, 1))
+        return grad_value, grad_dt, grad_rate * LN_2, grad_key, grad_query, grad_state, None
+
+
+# Mamba-2: one decay for each head --------------------------------------------------------------------------------
+
+
+def ssd_scan_reference(
+    value: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    key: Tensor,
+    query: Tensor,
+    skip: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `ssd_scan` does, one token at a time."""
+    value, dt, rate, key, query, skip, state = _widen(value, dt, rate, key, query, skip, state)
+    batch, num_tokens, num_heads, head_dim = value.shape
+    repeats = num_heads // key.shape[2]
+    if state is None:
+        state = value.new_zeros(batch, num_heads, head_dim, key.shape[3])
+    outputs = []
+    for t in range(num_tokens):
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None, None], 0.0)
+        step_key = key[:, t].repeat_interleave(repeats, dim=1)[:, :, None, :]  # [B, H, 1, N]
+        step_query = query[:, t].repeat_interleave(repeats, dim=1)[:, :, None, :]
+        write = (dt[:, t, :, None] * value[:, t])[..., None] * step_key  # [B, H, P, N]
+        state = (dt[:, t] * rate).exp()[..., None, None] * state + write
+        outputs.append((state * step_query).sum(-1))
+    output = torch.stack(outputs, dim=1)
+    return output if skip is None else output + skip[:, None] * value, state
+
+
+def ssd_scan(
+    value: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    key: Tensor,
+    query: Tensor,
+    skip: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    *,
+    chunk_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """Run `h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t` in every head.
+
+    Inside a chunk the recurrence is a masked matrix product, whose scores `C_i . B_j` the heads of a group share;
+    between chunks only the state is handed on.
+
+    Args:
+        value: `[B, T, H, P]`, x.
+        dt: `[B, T, H]`, step sizes, at least 0; 0 at pads.
+        rate: `[H]`, A, negative.
+        key: `[B, T, G, N]`, B. G divides H.
+        query: `[B, T, G, N]`, C.
+        skip: `[H]`, D, or `None`.
+        state: `[B, H, P, N]` before the first token; `None` for zeros.
+        starts: `[B, T]`, True where the state is forgotten before the token; `None` for nowhere.
+        chunk_size: Tokens of one matrix product; changes speed, not the function.
+
+    Returns:
+        The outputs `[B, T, H, P]` and the state `[B, H, P, N]` after the last token, at least float32.
+    """
+    with torch.autocast(value.device.type, enabled=False):
+        value, dt, rate, key, query, skip, state = _widen(value, dt, rate, key, query, skip, state)
+        batch, num_tokens, num_heads, head_dim = value.shape
+        num_groups, state_size = key.shape[2:]
+        if state is None:
+            state = value.new_zeros(batch, num_heads, head_dim, state_size)
+        log_decay = dt * (rate * LOG2_E)  # [B, T, H]
+        if num_tokens == 1:
+            output, state = _ssd_step(value, dt, log_decay, key, query, state, starts)
+        else:
+            state = state.view(batch, num_groups, -1, state_size).transpose(2, 3)  # [B, G, N, H/G * P]
+            outputs = []
+            # split, not slices: its backward is one concatenation instead of one full-length gradient per chunk
+            pieces = [tensor.split(chunk_size, dim=1) for tensor in (value, dt, log_decay, key, query)]
+            resets = [None] * len(pieces[0]) if starts is None else starts.split(chunk_size, dim=1)
+            for *chunk, reset in zip(*pieces, resets, strict=True):
+                output, state = _ssd_chunk(*chunk, state, reset)
+                outputs.append(output)
+            output = torch.cat(outputs, dim=1)
+            state = state.transpose(2, 3).reshape(batch, num_heads, head_dim, state_size)
+        return output if skip is None else torch.addcmul(output, value, skip[:, None]), state
+
+
+def _ssd_step(
+    value: Tensor, dt: Tensor, log_decay: Tensor, key: Tensor, query: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if starts is not None:
+        state = state.masked_fill(starts[:, 0, None, None, None], 0.0)
+    num_groups = key.shape[2]
+    grouped = state.unflatten(1, (num_groups, -1))  # [B, G, H/G, P, N]
+    decay = torch.exp2(log_decay[:, 0]).unflatten(1, (num_groups, -1))[..., None, None]
+    write = (dt[:, 0, :, None] * value[:, 0]).unflatten(1, (num_groups, -1))[..., None]  # [B, G, H/G, P, 1]
+    grouped = torch.addcmul(write * key[:, 0, :, None, None, :], decay, grouped)
+    output = torch.matmul(grouped.flatten(2, 3), query[:, 0, :, :, None])  # [B, G, H/G * P, 1]
+    return output.reshape(value.shape), grouped.flatten(1, 2)
+
+
+def _ssd_chunk(
+    value: Tensor, dt: Tensor, log_decay: Tensor, key: Tensor, query: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One chunk of C tokens: `state` is `[B, G, N, H/G * P]` before and after it."""
+    batch, size, num_heads, head_dim = value.shape
+    num_groups = key.shape[2]
+    total = log_decay.cumsum(1)  # [B, C, H], log2 of the decay since the chunk began
+    query = query.transpose(1, 2)  # [B, G, C, N]
+    visible = torch.ones(size, size, dtype=torch.bool, device=value.device).tril()
+    fade_in, fade_out = torch.exp2(total), torch.exp2(total[:, -1:] - total) * dt  # [B, C, H]
+    keep = fade_in[:, -1]  # [B, H]
+    if starts is not None:
+        ids = starts.long().cumsum(1)  # [B, C], 0 for the document that was open before the chunk
+        visible = visible & (ids[:, :, None] == ids[:, None, :])[:, None]  # [B, 1, C, C]
+        fade_in = fade_in * (ids == 0)[..., None]
+        fade_out = fade_out * (ids == ids[:, -1:])[..., None]
+        keep = keep * (ids[:, -1:] == 0)
+    by_head = total.transpose(1, 2)  # [B, H, C]
+    # masked before the exponential: above the diagonal the difference is positive and may overflow
+    gaps = (by_head[..., :, None] - by_head[..., None, :]).masked_fill(~visible, -torch.inf)
+    weights = torch.exp2(gaps) * dt.transpose(1, 2)[:, :, None, :]  # [B, H, C, C]
+    scores = torch.matmul(query, key.permute(0, 2, 3, 1))  # [B, G, C, C]
+    weights = (weights.unflatten(1, (num_groups, -1)) * scores[:, :, None]).flatten(1, 2)
+    inside = torch.matmul(weights, value.transpose(1, 2)).transpose(1, 2)  # [B, C, H, P]
+    carried = torch.matmul(query, state).transpose(1, 2).reshape(value.shape)
+    output = torch.addcmul(inside, carried, fade_in[..., None])
+    written = (value * fade_out[..., None]).view(batch, size, num_groups, -1).transpose(1, 2)  # [B, G, C, H/G * P]
+    keep = keep.view(batch, num_groups, 1, -1, 1).expand(-1, -1, -1, -1, head_dim).flatten(3)
+    return output, torch.addcmul(torch.matmul(key.permute(0, 2, 3, 1), written), state, keep)

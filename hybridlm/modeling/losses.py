@@ -1,0 +1,295 @@
+"""Losses of the routers: load balance, z-loss, and the balance without a loss.
+
+Shapes: B batch, T tokens, E experts, k experts a token, M documents a row (1, or T when documents are packed; most of
+the T are then empty).
+Reference: Fedus et al. 2021, "Switch Transformers", arXiv:2101.03961, section 2.2 (load balance); Zoph et al. 2022,
+"ST-MoE", arXiv:2202.08906, section 3.1 (z-loss); DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv:2412.19437,
+section 2.1.2 (balance inside a sequence); Wang et al. 2024, arXiv:2408.15664 (selection bias).
+Differs: in document scope each loss is computed inside a document, weighted by the document's label tokens and divided
+by `num_items_in_batch`, as the cross entropy is. So the total does not depend on how documents are packed, padded or
+split into micro-batches.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .precision import state_dtype
+
+
+def _documents(segment_ids: Tensor) -> Tensor:
+    """Number the segments of each row from 0, `[B, T]`, whatever their ids are."""
+    borders = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return nn.functional.pad(borders.long().cumsum(-1), (1, 0))
+
+
+def _sum_by_document(values: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Sum `[B, T, ...]` over the tokens of each document, giving `[B, M, ...]`."""
+    if segment_ids is None:
+        return values.sum(1, keepdim=True)
+    index = _documents(segment_ids)
+    index = index.view(*index.shape, *(1,) * (values.dim() - 2)).expand_as(values)
+    return torch.zeros_like(values).scatter_add(1, index, values)
+
+
+def _real(router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
+    """1 at real tokens, 0 at pads, `[B, T]` in the type of the losses."""
+    if token_mask is None:
+        return torch.ones(router_logits.shape[:2], dtype=router_logits.dtype, device=router_logits.device)
+    return token_mask.to(router_logits.dtype)
+
+
+def _probabilities(router_logits: Tensor, scores: str) -> Tensor:
+    """Each expert's share of a token `[..., E]`; they sum to one."""
+    if scores == "softmax":
+        return router_logits.softmax(-1)
+    if scores == "sigmoid":
+        values = router_logits.sigmoid()
+        return values / (values.sum(-1, keepdim=True) + 1e-20)
+    raise ValueError(f"scores: unknown {scores!r}, expected one of ['softmax', 'sigmoid']")
+
+
+def _chosen(probabilities: Tensor, top_k: int) -> Tensor:
+    """1 at the k largest of `[..., E]`, without any selection bias, as DeepSeek-V3 counts."""
+    indices = probabilities.topk(top_k, dim=-1).indices
+    return torch.zeros_like(probabilities).scatter(-1, indices, 1.0)
+
+
+def label_tokens_per_document(
+    labels: Tensor, segment_ids: Tensor | None = None, token_mask: Tensor | None = None, *, shifted: bool = False
+) -> Tensor:
+    """Count the tokens of each document that have a label to predict.
+
+    Args:
+        labels: `[B, T]`, laid out as the router logits are, -100 where there is none. The label at t + 1 is predicted
+            at t, so a document's first label is predicted by nobody.
+        segment_ids: `[B, T]` or None for one document a row.
+        token_mask: `[B, T]`, true at real tokens, or None for all.
+        shifted: Whether `labels` are `shift_labels`, with the label predicted at t at t.
+
+    Returns:
+        `[B, M]`, int64.
+    """
+    predicted = labels != -100
+    if not shifted:
+        predicted = predicted[:, 1:]
+        if segment_ids is not None:
+            predicted = predicted & (segment_ids[:, 1:] == segment_ids[:, :-1])
+        if token_mask is not None:
+            predicted = predicted & token_mask[:, 1:].bool()
+        predicted = nn.functional.pad(predicted, (0, 1))
+    if token_mask is not None:
+        predicted = predicted & token_mask.bool()
+    return _sum_by_document(predicted.long(), segment_ids)
+
+
+def _weigh_documents(
+    losses: Tensor, num_tokens: Tensor, label_tokens: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Sum losses of documents `[B, M]`, each times its label tokens, divided by the items in the batch."""
+    weights = num_tokens if label_tokens is None else label_tokens.to(losses.dtype)
+    if num_items_in_batch is None:
+        num_items_in_batch = weights.sum().clamp(min=1)
+    elif isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses.device)
+    return (losses * weights).sum() / num_items_in_batch
+
+
+def load_balancing_loss(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    scores: str = "softmax",
+    token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    label_tokens: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Load balancing loss of one layer, inside each document.
+
+    A document's loss is `E * sum_i f_i P_i`. `f_i` is the fraction of its tokens that have expert i among their k best
+    scores (these sum to k, as in transformers) and `P_i` the mean of its share of the scores: perfect balance gives k.
+
+    Args:
+        router_logits: `[B, T, E]`.
+        top_k: Experts a token k.
+        scores: "softmax" or "sigmoid"; sigmoid scores are divided by their sum.
+        token_mask: `[B, T]`, true at real tokens; None for all.
+        segment_ids: `[B, T]`, non-decreasing; None for one document a row.
+        label_tokens: `[B, M]` from `label_tokens_per_document`; None weighs a document by its real tokens.
+        num_items_in_batch: Label tokens of all micro-batches together; None for the sum of the weights here.
+
+    Returns:
+        The scalar `sum_d label_tokens_d * loss_d / num_items_in_batch`.
+    """
+    router_logits = router_logits.to(state_dtype(router_logits.dtype))
+    real = _real(router_logits, token_mask)
+    probabilities = _probabilities(router_logits, scores)
+    counts = _sum_by_document(_chosen(probabilities, top_k) * real[..., None], segment_ids)  # [B, M, E]
+    # `where`, not a product: a pad's logits may be anything
+    probabilities = probabilities.where(real[..., None] > 0, 0.0)
+    shares = _sum_by_document(probabilities, segment_ids)
+    num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
+    losses = router_logits.shape[-1] * (counts * shares).sum(-1) / num_tokens.clamp(min=1).square()
+    return _weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
+
+
+def router_z_loss(
+    router_logits: Tensor,
+    *,
+    token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    label_tokens: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Router z-loss of one layer: the mean of `logsumexp(logits) ** 2` inside each document.
+
+    Args:
+        router_logits: `[B, T, E]`.
+        token_mask: As in `load_balancing_loss`.
+        segment_ids: As in `load_balancing_loss`.
+        label_tokens: As in `load_balancing_loss`.
+        num_items_in_batch: As in `load_balancing_loss`.
+
+    Returns:
+        The scalar `sum_d label_tokens_d * loss_d / num_items_in_batch`.
+    """
+    router_logits = router_logits.to(state_dtype(router_logits.dtype))
+    real = _real(router_logits, token_mask)
+    squares = router_logits.logsumexp(-1).square().where(real > 0, 0.0)
+    num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
+    losses = _sum_by_document(squares, segment_ids) / num_tokens.clamp(min=1)
+    return _weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
+
+
+def batch_load_balancing_loss(
+    router_logits: Sequence[Tensor], top_k: int, *, scores: str = "softmax", token_mask: Tensor | None = None
+) -> Tensor:
+    """Load balancing loss over the tokens of all layers and rows at once, transformers' `load_balancing_loss_func`.
+
+    It is not additive: the value changes with the batch size and with gradient accumulation.
+
+    Args:
+        router_logits: One `[B, T, E]` a layer.
+        top_k: Experts a token k.
+        scores: As in `load_balancing_loss`.
+        token_mask: `[B, T]`, true at real tokens; None for all.
+    """
+    stacked = torch.cat(list(router_logits)).to(state_dtype(router_logits[0].dtype))  # [layers * B, T, E]
+    mask = None if token_mask is None else token_mask.repeat(len(router_logits), 1)
+    real = _real(stacked, mask)
+    probabilities = _probabilities(stacked, scores)
+    counts = (_chosen(probabilities, top_k) * real[..., None]).sum((0, 1))  # [E]
+    shares = probabilities.where(real[..., None] > 0, 0.0).sum((0, 1))
+    return stacked.shape[-1] * (counts * shares).sum() / real.sum().clamp(min=1).square()
+
+
+def batch_router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """Mean of `logsumexp(logits) ** 2` over the real tokens of `[B, T, E]`; not additive."""
+    router_logits = router_logits.to(state_dtype(router_logits.dtype))
+    real = _real(router_logits, token_mask)
+    return router_logits.logsumexp(-1).square().where(real > 0, 0.0).sum() / real.sum().clamp(min=1)
+
+
+def router_losses(
+    moe_modules: Sequence[nn.Module],
+    router_logits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    shifted: bool = False,
+) -> dict[str, Tensor]:
+    """Add up the router losses of a model, each times its layer's coefficient.
+
+    In document scope a loss is the mean over the L expert layers of `coefficient * loss`. In batch scope the load
+    balancing loss is computed over all layers together, as transformers does; layers that differ in E, k, scores or
+    coefficient are computed apart and weighted by their share of the L layers.
+
+    Args:
+        moe_modules: The L `MoE` modules, in order.
+        router_logits: Their recorded logits, `[B, T, E]` each.
+        labels: `[B, T]` as in `label_tokens_per_document`; None weighs documents by their real tokens.
+        token_mask: `[B, T]`, true at real tokens; None for all.
+        segment_ids: `[B, T]`; None for one document a row.
+        num_items_in_batch: As in `load_balancing_loss`.
+        shifted: Whether `labels` are `shift_labels`.
+
+    Returns:
+        `{"load_balancing": scalar, "z": scalar}`, to be added to the cross entropy.
+    """
+    if len(moe_modules) != len(router_logits):
+        raise ValueError(f"router_logits: got {len(router_logits)} tensors for {len(moe_modules)} expert layers")
+    label_tokens = None
+    if labels is not None:
+        label_tokens = label_tokens_per_document(labels, segment_ids, token_mask, shifted=shifted)
+    where = {"token_mask": token_mask, "segment_ids": segment_ids}
+    where |= {"label_tokens": label_tokens, "num_items_in_batch": num_items_in_batch}
+    balance, z, batch_groups = [], [], {}
+    for moe, logits in zip(moe_modules, router_logits, strict=True):
+        top_k, scores = moe.router.top_k, moe.router.score_function
+        if moe.load_balancing_coef and moe.loss_scope == "batch":
+            key = (logits.shape[-1], top_k, scores, moe.load_balancing_coef)
+            batch_groups.setdefault(key, []).append(logits)
+        elif moe.load_balancing_coef:
+            balance.append(moe.load_balancing_coef * load_balancing_loss(logits, top_k, scores=scores, **where))
+        if moe.z_loss_coef and moe.loss_scope == "batch":
+            z.append(moe.z_loss_coef * batch_router_z_loss(logits, token_mask=token_mask))
+        elif moe.z_loss_coef:
+            z.append(moe.z_loss_coef * router_z_loss(logits, **where))
+    for (_, top_k, scores, coef), group in batch_groups.items():
+        loss = batch_load_balancing_loss(group, top_k, scores=scores, token_mask=token_mask)
+        balance.append(coef * len(group) * loss)
+    zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros(())
+    return {
+        "load_balancing": sum(balance, zero) / max(len(moe_modules), 1),
+        "z": sum(z, zero) / max(len(moe_modules), 1),
+    }
+
+
+@torch.no_grad()
+def count_expert_load(
+    moe_modules: Sequence[nn.Module], router_logits: Sequence[Tensor], token_mask: Tensor | None = None
+) -> None:
+    """Add the real tokens each expert got to the routers' `tokens_per_expert`.
+
+    Call it once a forward in training, with the recorded logits: counting inside the layers would count twice under
+    gradient checkpointing.
+
+    Args:
+        moe_modules: The `MoE` modules, in order.
+        router_logits: Their recorded logits, `[B, T, E]` each.
+        token_mask: `[B, T]`, true at real tokens; None for all.
+    """
+    for moe, logits in zip(moe_modules, router_logits, strict=True):
+        indices = moe.router.select(moe.router.scores(logits))  # [B, T, k]
+        chosen = torch.zeros(logits.shape, dtype=torch.long, device=logits.device).scatter_(-1, indices, 1)
+        if token_mask is not None:
+            chosen *= token_mask[..., None].to(chosen.dtype)
+        moe.router.add_load(chosen.sum((0, 1)))
+
+
+@torch.no_grad()
+def update_selection_bias(model: nn.Module, process_group: "torch.distributed.ProcessGroup | None" = None) -> None:
+    """Move every selection bias towards balance and start counting anew; call it once an optimizer step.
+
+    The bias of an expert with less than the mean load rises by the router's `bias_update_rate`, with more it falls. A
+    router in eval mode is left as it is.
+
+    Args:
+        model: Any module with routers inside.
+        process_group: Ranks whose loads are added up; None for the default group, if `torch.distributed` runs.
+    """
+    routers = [module for module in model.modules() if hasattr(module, "reset_load") and module.training]
+    biased = [router for router in routers if router.selection_bias is not None]
+    if biased:
+        loads = torch.cat([router.tokens_per_expert.to(router.selection_bias.device) for router in biased])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(loads, group=process_group)
+        for router, load in zip(biased, loads.split([router.num_experts for router in biased]), strict=True):
+            missing = load.double().mean() - load
+            router.selection_bias += router.bias_update_rate * missing.sign().to(router.selection_bias.dtype)
+    for router in routers:
+        router.reset_load()

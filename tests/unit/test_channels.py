@@ -18,7 +18,7 @@ def seed():
 
 
 def test_swiglu_has_the_bits_of_llama():
-    native = LlamaMLP(LlamaConfig(hidden_size=SIZE, intermediate_size=40))
+    native = LlamaMLP(LlamaConfig(hidden_size=SIZE, intermediate_size=40, num_attention_heads=4))
     ours = SwiGLU(SIZE, intermediate_size=40)
     ours.load_state_dict(native.state_dict())
     hidden_states = torch.randn(2, 5, SIZE)

@@ -1,0 +1,152 @@
+"""The `hybridlm` command: look at models, train them, move them in and out of native formats.
+
+A mistake of the user ends in one line and exit code 2; `HYBRIDLM_DEBUG=1` shows the traceback. torch and transformers
+are imported by the commands that need them, so that `hybridlm list` answers at once.
+"""
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import presets
+
+if TYPE_CHECKING:
+    from .analysis.planner import Plan
+
+
+class _OneLineErrors(TyperGroup):
+    """Report what the user got wrong without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, NotImplementedError) as error:
+            if os.environ.get("HYBRIDLM_DEBUG"):
+                raise
+            typer.echo(f"hybridlm: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Hybrid language models as lists of named parts.",
+)
+
+Source = Annotated[Path, typer.Argument(help="Model folder: config.json and safetensors.")]
+Target = Annotated[Path, typer.Argument(help="Folder to write.")]
+
+
+@app.command("list")
+def list_presets() -> None:
+    """List the model configs that come with the package."""
+    for name in presets.preset_names():
+        config = json.loads(presets.find_config(name).read_text(encoding="utf-8"))
+        stack = f"{config['num_hidden_layers']:>3} layers, width {config['hidden_size']:>4}"
+        typer.echo(f"{name:<20} {stack}   {config.get('extra', {}).get('source', '')}")
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(help="A preset, a config.json, or a model folder.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context that the state figures are for.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="Number format: fp32, bf16, fp16 or fp64.")] = "bf16",
+    rollback: Annotated[int, typer.Option(min=0, help="Recorded tokens that crop() may take back.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the stack layer by layer: parameters, active parameters, state bytes and FLOPs. Builds no weights."""
+    config = presets.load_config(name)
+    from .analysis.planner import plan
+
+    result = plan(config, context=context, dtype=dtype, rollback_window=rollback)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        _print_plan(name, result)
+
+
+def _print_plan(name: str, plan: "Plan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("parameters", "active", "state bytes", "FLOPs / token")
+    table = Table(title=f"{name}: {len(plan.layers)} layers, state at {plan.context} tokens in {plan.dtype}, one row")
+    for title in ("layer", "recipe", "mixer", "channel mixer"):
+        table.add_column(title)
+    for title in columns:
+        table.add_column(title, justify="right")
+    for layer in plan.layers:
+        label = (str(layer.index), layer.recipe, layer.mixer or "-", layer.channel_mixer or "-")
+        table.add_row(*label, *_figures(layer))
+    table.add_section()
+    for label, row in (("embeddings, head and final norm", plan.outer), ("total", plan.total)):
+        table.add_row("", label, "", "", *_figures(row))
+    # rich cuts a table to 80 columns where it cannot see a terminal
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if plan.rollback_window:
+        typer.echo(f"recording {plan.rollback_window} tokens for rollback: at most {plan.rollback_bytes:,} bytes more")
+    typer.echo(f"prefill of {plan.context} tokens: {plan.prefill_flops:,} FLOPs")
+
+
+def _figures(row: Any) -> tuple[str, ...]:
+    return tuple(f"{n:,}" for n in (row.num_parameters, row.num_active_parameters, row.state_bytes, row.step_flops))
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="A run file (YAML), or the name of one that comes with the package.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the file.")] = None,
+) -> None:
+    """Train or fine-tune from a run file."""
+    path = presets.find_run(run)
+    from .training import train as run_training
+
+    run_training(path, overrides or [])
+
+
+@app.command("import")
+def import_checkpoint(src: Source, out: Target) -> None:
+    """Turn a native folder (Llama, Mistral, Mixtral, Jamba, Mamba, Mamba-2, Bamba) into a hybridlm folder."""
+    from .hub.native import import_native
+
+    import_native(src, out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command("export")
+def export_checkpoint(src: Source, out: Target) -> None:
+    """Turn a hybridlm folder back into the native format, if its config equals a native family."""
+    from .hub.native import export_native
+
+    export_native(src, out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say which versions are installed, and which backend each mixer would use and why."""
+    import torch
+
+    for package in ("hybridlm", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "peft"):
+        typer.echo(f"{package:<24} {_version(package)}")
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    typer.echo(f"{'GPU':<24} {gpu}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,135 @@
+"""Presets travel as package data from one source: in the wheel, in the wheel built from the sdist, in `pip install -e`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hybridlm import presets
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("hybridlm", "configs", "hub_cards", "eval")
+FILES = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "constraints.txt")
+
+
+def run(*command, cwd, pythonpath=None):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if pythonpath is not None:
+        environment["PYTHONPATH"] = str(pythonpath)
+    result = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what the packages are built from, away from this repository."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for folder in FOLDERS:
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "_data"))
+    for name in FILES:
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def install(package, target):
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target))
+    run(*pip, *package, cwd=target.parent)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    dist = tmp_path_factory.mktemp("dist")
+    run("-m", "build", "--no-isolation", "--wheel", "--outdir", str(dist), str(checkout), cwd=dist)
+    return next(dist.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel_from_sdist(checkout, tmp_path_factory):
+    dist = tmp_path_factory.mktemp("sdist")
+    run("-m", "build", "--no-isolation", "--outdir", str(dist), str(checkout), cwd=dist)  # the wheel from the sdist
+    return next(dist.glob("*.whl"))
+
+
+@pytest.fixture(scope="module", params=["wheel", "wheel from sdist", "editable"])
+def installed(request, checkout, tmp_path_factory):
+    """The folder that an installation puts on the path."""
+    target = tmp_path_factory.mktemp("installed") / "site"
+    if request.param == "editable":
+        install(["--editable", str(checkout)], target)
+        assert not (target / "hybridlm").exists(), "an editable install must not copy data that would go stale"
+        return Path(next(target.glob("*.pth")).read_text().strip())
+    fixture = "wheel" if request.param == "wheel" else "wheel_from_sdist"
+    return install([str(request.getfixturevalue(fixture))], target)
+
+
+SCRIPT = """
+import json, hybridlm.presets as p
+print(json.dumps([p.__file__, str(p.data_path("configs")), p.preset_names(), p.find_config("jamba").read_text()]))
+"""
+
+
+def test_an_installation_finds_its_own_copy_of_every_preset(installed, tmp_path):
+    module, data, names, jamba = json.loads(run("-c", SCRIPT, cwd=tmp_path, pythonpath=installed))
+    assert Path(module).is_relative_to(installed)
+    assert Path(data).is_relative_to(installed)
+    assert names == presets.preset_names()
+    assert jamba == (ROOT / "configs" / "models" / "jamba.json").read_text()
+
+
+def test_an_installation_lists_and_describes_away_from_the_checkout(installed, tmp_path):
+    assert "tiny_jamba" in run("-m", "hybridlm.cli", "list", cwd=tmp_path, pythonpath=installed)
+    output = run("-m", "hybridlm.cli", "describe", "jamba", "--json", cwd=tmp_path, pythonpath=installed)
+    assert len(json.loads(output)["layers"]) == 32
+
+
+def test_the_wheel_and_the_wheel_from_the_sdist_hold_the_same_files(wheel, wheel_from_sdist):
+    names = [sorted(zipfile.ZipFile(path).namelist()) for path in (wheel, wheel_from_sdist)]
+    assert names[0] == names[1]
+    assert any(name == "hybridlm/_data/configs/models/jamba.json" for name in names[0])
+    assert not any(name.startswith(("configs/", "tests/")) for name in names[0])
+
+
+def test_the_sdist_holds_presets_once(checkout, wheel_from_sdist):
+    with tarfile.open(next(wheel_from_sdist.parent.glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
+    assert [name.split("/", 1)[1] for name in names if name.endswith("/jamba.json")] == ["configs/models/jamba.json"]
+
+
+def test_the_repository_keeps_no_copy_of_the_presets():
+    assert not (ROOT / "hybridlm" / "_data").exists()
+
+
+def test_a_missing_preset_names_its_neighbours():
+    with pytest.raises(FileNotFoundError, match=r"jambo: no such model config.*'jamba'"):
+        presets.find_config("jambo")
+
+
+def test_a_preset_name_may_use_hyphens():
+    assert presets.find_config("granite-4-like") == presets.find_config("granite_4_like")
+
+
+def test_a_native_config_is_refused_with_the_way_to_import_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"model_type is 'llama', expected 'hybridlm'; `hybridlm import`"):
+        presets.load_config(tmp_path)
+
+
+def test_a_corrupt_config_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "hybridlm", ')
+    with pytest.raises(ValueError, match=r"config.json: not JSON"):
+        presets.load_config(path)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the folder has no config.json"):
+        presets.load_config(tmp_path)

@@ -95,15 +95,15 @@ class Experts(nn.Module):
         flat = indices.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self.num_experts).tolist()
-        tokens = (order // indices.shape[-1]).split(counts)
-        gates = weights.flatten()[order].split(counts)
+        tokens, gates = order // indices.shape[-1], weights.flatten()[order]
         gate_up, down = self._slices()
+        parts = [
+            self._feed_forward(chosen, gate_up[expert], down[expert])
+            for expert, chosen in enumerate(hidden_states.index_select(0, tokens).split(counts))
+            if counts[expert] or hidden_states.shape[0] == 0  # gradients exist even without any token
+        ]
         output = torch.zeros(hidden_states.shape, dtype=weights.dtype, device=weights.device)
-        for expert, (token, gate) in enumerate(zip(tokens, gates, strict=True)):
-            if counts[expert] or hidden_states.shape[0] == 0:  # without any token the gradients still must exist
-                part = self._feed_forward(hidden_states.index_select(0, token), gate_up[expert], down[expert])
-                output.index_add_(0, token, part * gate[:, None])  # no token twice: the order of sums is fixed
-        return output
+        return output.index_add(0, tokens, torch.cat(parts) * gates[:, None])
 
     def _apply_single(self, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The case of one token: nothing to sort, no weight is copied."""

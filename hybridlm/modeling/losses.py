@@ -33,11 +33,13 @@ def _sum_by_document(values: Tensor, segment_ids: Tensor | None) -> Tensor:
     return torch.zeros_like(values).scatter_add(1, index, values)
 
 
-def _real(router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
-    """1 at real tokens, 0 at pads, `[B, T]` in the type of the losses."""
+def _without_pads(router_logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Set the logits of pads to 0, whatever they were; also return 1 at real tokens and 0 at pads, `[B, T]`."""
+    router_logits = router_logits.to(state_dtype(router_logits.dtype))
     if token_mask is None:
-        return torch.ones(router_logits.shape[:2], dtype=router_logits.dtype, device=router_logits.device)
-    return token_mask.to(router_logits.dtype)
+        return router_logits, torch.ones_like(router_logits[..., 0])
+    token_mask = token_mask.bool()
+    return router_logits.where(token_mask[..., None], 0.0), token_mask.to(router_logits.dtype)
 
 
 def _probabilities(router_logits: Tensor, scores: str) -> Tensor:
@@ -123,13 +125,10 @@ def load_balancing_loss(
     Returns:
         The scalar `sum_d label_tokens_d * loss_d / num_items_in_batch`.
     """
-    router_logits = router_logits.to(state_dtype(router_logits.dtype))
-    real = _real(router_logits, token_mask)
+    router_logits, real = _without_pads(router_logits, token_mask)
     probabilities = _probabilities(router_logits, scores)
     counts = _sum_by_document(_chosen(probabilities, top_k) * real[..., None], segment_ids)  # [B, M, E]
-    # `where`, not a product: a pad's logits may be anything
-    probabilities = probabilities.where(real[..., None] > 0, 0.0)
-    shares = _sum_by_document(probabilities, segment_ids)
+    shares = _sum_by_document(probabilities * real[..., None], segment_ids)
     num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
     losses = router_logits.shape[-1] * (counts * shares).sum(-1) / num_tokens.clamp(min=1).square()
     return _weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
@@ -155,9 +154,8 @@ def router_z_loss(
     Returns:
         The scalar `sum_d label_tokens_d * loss_d / num_items_in_batch`.
     """
-    router_logits = router_logits.to(state_dtype(router_logits.dtype))
-    real = _real(router_logits, token_mask)
-    squares = router_logits.logsumexp(-1).square().where(real > 0, 0.0)
+    router_logits, real = _without_pads(router_logits, token_mask)
+    squares = router_logits.logsumexp(-1).square() * real
     num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
     losses = _sum_by_document(squares, segment_ids) / num_tokens.clamp(min=1)
     return _weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
@@ -176,20 +174,18 @@ def batch_load_balancing_loss(
         scores: As in `load_balancing_loss`.
         token_mask: `[B, T]`, true at real tokens; None for all.
     """
-    stacked = torch.cat(list(router_logits)).to(state_dtype(router_logits[0].dtype))  # [layers * B, T, E]
     mask = None if token_mask is None else token_mask.repeat(len(router_logits), 1)
-    real = _real(stacked, mask)
+    stacked, real = _without_pads(torch.cat(list(router_logits)), mask)  # [layers * B, T, E], [layers * B, T]
     probabilities = _probabilities(stacked, scores)
     counts = (_chosen(probabilities, top_k) * real[..., None]).sum((0, 1))  # [E]
-    shares = probabilities.where(real[..., None] > 0, 0.0).sum((0, 1))
+    shares = (probabilities * real[..., None]).sum((0, 1))
     return stacked.shape[-1] * (counts * shares).sum() / real.sum().clamp(min=1).square()
 
 
 def batch_router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     """Mean of `logsumexp(logits) ** 2` over the real tokens of `[B, T, E]`; not additive."""
-    router_logits = router_logits.to(state_dtype(router_logits.dtype))
-    real = _real(router_logits, token_mask)
-    return router_logits.logsumexp(-1).square().where(real > 0, 0.0).sum() / real.sum().clamp(min=1)
+    router_logits, real = _without_pads(router_logits, token_mask)
+    return (router_logits.logsumexp(-1).square() * real).sum() / real.sum().clamp(min=1)
 
 
 def router_losses(

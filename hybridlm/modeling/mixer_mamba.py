@@ -41,6 +41,7 @@ class MambaMixer(Float32Islands):
     """
 
     float32_names = ("A_log", "D", "dt_bias")
+    state_type = RecurrentState
 
     def __init__(
         self,

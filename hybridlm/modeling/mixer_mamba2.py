@@ -77,6 +77,7 @@ class Mamba2Mixer(Float32Islands):
     """
 
     float32_names = ("A_log", "D", "dt_bias")
+    state_type = RecurrentState
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Mamba2Mixer(Float32Islands):
         expand: int = 2,
         num_groups: int = 1,
         conv_kernel: int = 4,
-        chunk_size: int = 32,
+        chunk_size: int = 64,
         conv_bias: bool = True,
         bias: bool = False,
         gate_norm: bool = True,

@@ -10,9 +10,10 @@ Differs: decays are powers of two, since exp2 is about three times as fast as ex
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .precision import state_dtype
@@ -244,7 +245,7 @@ def ssd_scan(
     state: Tensor | None = None,
     starts: Tensor | None = None,
     *,
-    chunk_size: int = 32,
+    chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Run `h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t` in every head.
 
@@ -271,63 +272,115 @@ def ssd_scan(
         num_groups, state_size = key.shape[2:]
         if state is None:
             state = value.new_zeros(batch, num_heads, head_dim, state_size)
-        log_decay = dt * (rate * LOG2_E)  # [B, T, H]
+        rate = rate * LOG2_E
         if num_tokens == 1:
-            output, state = _ssd_step(value, dt, log_decay, key, query, state, starts)
-        else:
-            state = state.view(batch, num_groups, -1, state_size).transpose(2, 3)  # [B, G, N, H/G * P]
-            outputs = []
-            # split, not slices: its backward is one concatenation instead of one full-length gradient per chunk
-            pieces = [tensor.split(chunk_size, dim=1) for tensor in (value, dt, log_decay, key, query)]
-            resets = [None] * len(pieces[0]) if starts is None else starts.split(chunk_size, dim=1)
-            for *chunk, reset in zip(*pieces, resets, strict=True):
-                output, state = _ssd_chunk(*chunk, state, reset)
-                outputs.append(output)
-            output = torch.cat(outputs, dim=1)
-            state = state.transpose(2, 3).reshape(batch, num_heads, head_dim, state_size)
-        return output if skip is None else torch.addcmul(output, value, skip[:, None]), state
+            return _ssd_step(value, dt, rate, key, query, skip, state, starts)
+        weights = _ssd_weights(dt, rate, starts, min(chunk_size, num_tokens))
+        # split and unbind, not slices: their backward is one copy instead of one full-length gradient per chunk
+        chunks = [tensor.split(weights.size, dim=1) for tensor in (value, key, query)]
+        state = state.view(batch, num_groups, -1, state_size).transpose(2, 3)  # [B, G, N, H/G * P]
+        outputs = []
+        for chunk, weight in zip(zip(*chunks, strict=True), weights.unbind(num_tokens), strict=True):
+            output, state = _ssd_chunk(*chunk, skip, state, weight)
+            outputs.append(output)
+        state = state.transpose(2, 3).reshape(batch, num_heads, head_dim, state_size)
+        return torch.cat(outputs, dim=1), state
 
 
 def _ssd_step(
-    value: Tensor, dt: Tensor, log_decay: Tensor, key: Tensor, query: Tensor, state: Tensor, starts: Tensor | None
+    value: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    key: Tensor,
+    query: Tensor,
+    skip: Tensor | None,
+    state: Tensor,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if starts is not None:
         state = state.masked_fill(starts[:, 0, None, None, None], 0.0)
     num_groups = key.shape[2]
     grouped = state.unflatten(1, (num_groups, -1))  # [B, G, H/G, P, N]
-    decay = torch.exp2(log_decay[:, 0]).unflatten(1, (num_groups, -1))[..., None, None]
+    decay = torch.exp2(dt[:, 0] * rate).unflatten(1, (num_groups, -1))[..., None, None]
     write = (dt[:, 0, :, None] * value[:, 0]).unflatten(1, (num_groups, -1))[..., None]  # [B, G, H/G, P, 1]
     grouped = torch.addcmul(write * key[:, 0, :, None, None, :], decay, grouped)
     output = torch.matmul(grouped.flatten(2, 3), query[:, 0, :, :, None])  # [B, G, H/G * P, 1]
-    return output.reshape(value.shape), grouped.flatten(1, 2)
+    output = output.reshape(value.shape)
+    return output if skip is None else torch.addcmul(output, value, skip[:, None]), grouped.flatten(1, 2)
+
+
+@dataclass
+class _ChunkWeights:
+    """How much each token of a chunk of C tokens keeps of what came before; all small, for all chunks at once.
+
+    Attributes:
+        total: `[B, chunks, C, H]`, log2 of the decay since the chunk began, float64.
+        dt: `[B, chunks, C, H]`.
+        fade_in: `[B, chunks, C, H]`, decay of the chunk's first state at each token.
+        fade_out: `[B, chunks, C, H]`, dt times the decay from each token to the chunk's end.
+        hidden: `[1, 1, C, C]` or `[B, chunks, C, C]`, 0 where a token sees another one and -inf where not.
+    """
+
+    total: Tensor
+    dt: Tensor
+    fade_in: Tensor
+    fade_out: Tensor
+    hidden: Tensor
+
+    @property
+    def size(self) -> int:
+        """Tokens of a chunk."""
+        return self.dt.shape[2]
+
+    def unbind(self, num_tokens: int) -> list["_ChunkWeights"]:
+        """One piece for each chunk, without the padding of the last one."""
+        num_chunks, size = self.dt.shape[1:3]
+        tensors = [tensor.unbind(1) for tensor in (self.total, self.dt, self.fade_in, self.fade_out)]
+        hidden = self.hidden.expand(-1, num_chunks, -1, -1).unbind(1)
+        pieces = [_ChunkWeights(*piece) for piece in zip(*tensors, hidden, strict=True)]
+        rest = num_tokens - (num_chunks - 1) * size
+        if rest < size:
+            last = pieces[-1]
+            cut = [tensor[:, :rest] for tensor in (last.total, last.dt, last.fade_in, last.fade_out)]
+            pieces[-1] = _ChunkWeights(*cut, last.hidden[:, :rest, :rest])
+        return pieces
+
+
+def _ssd_weights(dt: Tensor, rate: Tensor, starts: Tensor | None, size: int) -> _ChunkWeights:
+    pad = -dt.shape[1] % size
+    dt = nn.functional.pad(dt, (0, 0, 0, pad)).unflatten(1, (-1, size))  # padding changes nothing: its dt is 0
+    # float64: differences of large sums stand for the product of a few decays
+    wide = dt.dtype if dt.device.type == "mps" else torch.float64
+    total = (dt * rate).to(wide).cumsum(2)
+    fade_in = torch.exp2(total).to(dt.dtype)
+    fade_out = torch.exp2(total[:, :, -1:] - total).to(dt.dtype) * dt
+    visible = torch.ones(1, 1, size, size, dtype=torch.bool, device=dt.device).tril()
+    if starts is not None:
+        ids = nn.functional.pad(starts.long(), (0, pad)).unflatten(1, (-1, size)).cumsum(2)  # 0: begun before the chunk
+        visible = visible & (ids[..., :, None] == ids[..., None, :])
+        fade_in = fade_in * (ids == 0)[..., None]
+        fade_out = fade_out * (ids == ids[..., -1:])[..., None]
+    hidden = torch.zeros_like(visible, dtype=dt.dtype).masked_fill(~visible, -torch.inf)
+    return _ChunkWeights(total, dt, fade_in, fade_out, hidden)
 
 
 def _ssd_chunk(
-    value: Tensor, dt: Tensor, log_decay: Tensor, key: Tensor, query: Tensor, state: Tensor, starts: Tensor | None
+    value: Tensor, key: Tensor, query: Tensor, skip: Tensor | None, state: Tensor, weights: _ChunkWeights
 ) -> tuple[Tensor, Tensor]:
     """One chunk of C tokens: `state` is `[B, G, N, H/G * P]` before and after it."""
     batch, size, num_heads, head_dim = value.shape
     num_groups = key.shape[2]
-    total = log_decay.cumsum(1)  # [B, C, H], log2 of the decay since the chunk began
-    query = query.transpose(1, 2)  # [B, G, C, N]
-    visible = torch.ones(size, size, dtype=torch.bool, device=value.device).tril()
-    fade_in, fade_out = torch.exp2(total), torch.exp2(total[:, -1:] - total) * dt  # [B, C, H]
-    keep = fade_in[:, -1]  # [B, H]
-    if starts is not None:
-        ids = starts.long().cumsum(1)  # [B, C], 0 for the document that was open before the chunk
-        visible = visible & (ids[:, :, None] == ids[:, None, :])[:, None]  # [B, 1, C, C]
-        fade_in = fade_in * (ids == 0)[..., None]
-        fade_out = fade_out * (ids == ids[:, -1:])[..., None]
-        keep = keep * (ids[:, -1:] == 0)
-    by_head = total.transpose(1, 2)  # [B, H, C]
-    # masked before the exponential: above the diagonal the difference is positive and may overflow
-    gaps = (by_head[..., :, None] - by_head[..., None, :]).masked_fill(~visible, -torch.inf)
-    weights = torch.exp2(gaps) * dt.transpose(1, 2)[:, :, None, :]  # [B, H, C, C]
-    scores = torch.matmul(query, key.permute(0, 2, 3, 1))  # [B, G, C, C]
-    weights = (weights.unflatten(1, (num_groups, -1)) * scores[:, :, None]).flatten(1, 2)
-    inside = torch.matmul(weights, value.transpose(1, 2)).transpose(1, 2)  # [B, C, H, P]
+    query, key = query.transpose(1, 2), key.permute(0, 2, 3, 1)  # [B, G, C, N] and [B, G, N, C]
+    total = weights.total.transpose(1, 2)  # [B, H, C]
+    gaps = (total[..., :, None] - total[..., None, :]).to(value.dtype)
+    # hidden before the exponential: above the diagonal the difference is positive and may overflow
+    kept = torch.exp2(gaps + weights.hidden[:, None]) * weights.dt.transpose(1, 2)[:, :, None, :]  # [B, H, C, C]
+    kept = (kept.unflatten(1, (num_groups, -1)) * torch.matmul(query, key)[:, :, None]).flatten(1, 2)
+    if skip is not None:
+        kept.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
+    inside = torch.matmul(kept, value.transpose(1, 2)).transpose(1, 2)  # [B, C, H, P]
     carried = torch.matmul(query, state).transpose(1, 2).reshape(value.shape)
-    output = torch.addcmul(inside, carried, fade_in[..., None])
-    written = (value * fade_out[..., None]).view(batch, size, num_groups, -1).transpose(1, 2)  # [B, G, C, H/G * P]
-    keep = keep.view(batch, num_groups, 1, -1, 1).expand(-1, -1, -1, -1, head_dim).flatten(3)
-    return output, torch.addcmul(torch.matmul(key.permute(0, 2, 3, 1), written), state, keep)
+    output = torch.addcmul(inside, carried, weights.fade_in[..., None])
+    written = (value * weights.fade_out[..., None]).view(batch, size, num_groups, -1).transpose(1, 2)
+    keep = weights.fade_in[:, -1].view(batch, num_groups, 1, -1, 1).expand(-1, -1, -1, -1, head_dim).flatten(3)
+    return output, torch.addcmul(torch.matmul(key, written), state, keep)

@@ -1,0 +1,83 @@
+"""One depth step: a mixer and a channel mixer, each between norms and a residual.
+
+Placements: `pre` is x + f(norm(x)), `post` is norm(x + f(x)), `sandwich` is x + norm(f(norm(x))).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .cache import AttentionEntry, HybridCache, HybridCacheLayer, RecurrentEntry
+from .masks import SequenceInfo
+from .norms import build_norm
+from .registry import HALVES, RESIDUALS, build_part
+
+
+class HybridLMLayer(GradientCheckpointingLayer):
+    """A layer built from a recipe.
+
+    Args:
+        config: A `HybridLMConfig` whose parts are resolved.
+        layer_idx: Depth of the layer.
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        recipe = config.layer_layout[layer_idx]
+        spec, size = config.layer_specs[recipe], config.hidden_size
+        norm = spec.get("norm") or config.norm
+        self.placement = norm["placement"]
+        for half, registry in HALVES.items():
+            present = spec[half] is not None
+            short = half.removesuffix("_mixer")
+            path = f"layer_specs.{recipe}.{half}"
+            before = present and self.placement in ("pre", "sandwich")
+            after = present and self.placement in ("post", "sandwich")
+            self.add_module(f"{short}_norm", build_norm(norm, size) if before else None)
+            self.add_module(half, build_part(spec[half], registry, path, size) if present else None)
+            self.add_module(f"{short}_post_norm", build_norm(norm, size) if after else None)
+            residual = build_part(config.residual, RESIDUALS, "residual", size) if present else None
+            self.add_module(f"{short}_residual", residual)
+
+    def new_entry(self, static_length: int | None = None) -> HybridCacheLayer:
+        """Make this layer's entry for a cache; `static_length` slots, or growing when `None`."""
+        return HybridCacheLayer(*(self._new_half(half, static_length) for half in HALVES))
+
+    def _new_half(self, half: str, static_length: int | None) -> Any:
+        module = getattr(self, half)
+        spec = getattr(module, "state_spec", None)
+        if spec is None or not spec(1, torch.float32):
+            return None
+        if hasattr(module, "window") and module.window is None:
+            return AttentionEntry(static_length)
+        return RecurrentEntry(module.state_type, static=static_length is not None)
+
+    def _apply_half(
+        self, half: str, hidden_states: Tensor, sequence: SequenceInfo, entries: HybridCacheLayer | None
+    ) -> Tensor:
+        module = getattr(self, half)
+        if module is None:
+            return hidden_states
+        short = half.removesuffix("_mixer")
+        norm, post_norm = getattr(self, f"{short}_norm"), getattr(self, f"{short}_post_norm")
+        residual = getattr(self, f"{short}_residual")
+        inner = residual.read(hidden_states)
+        inner = inner if norm is None else norm(inner)
+        entry = None if entries is None else getattr(entries, half)
+        update = module(inner, None, sequence)[0] if entry is None else entry.run(module, inner, sequence)
+        if self.placement == "sandwich":
+            update = post_norm(update)
+        hidden_states = residual.write(hidden_states, update)
+        return post_norm(hidden_states) if self.placement == "post" else hidden_states
+
+    def forward(
+        self, hidden_states: Tensor, sequence: SequenceInfo | None = None, past_key_values: HybridCache | None = None
+    ) -> Tensor:
+        """Map the stream `[B, T, D]` to the stream after this layer."""
+        entries = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        for half in HALVES:
+            hidden_states = self._apply_half(half, hidden_states, sequence, entries)
+        return hidden_states

@@ -1,0 +1,37 @@
+"""Parameters and buffers that never fall below float32.
+
+A decay is multiplied thousands of times along a sequence, so `A_log`, `D`, `dt_bias` and router biases stay float32
+when the rest of the model is cast. `model.double()` still raises them to float64.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Float32Islands(nn.Module):
+    """A module whose tensors named in `float32_names` ignore casts to a smaller type."""
+
+    float32_names: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: tensor for name in self.float32_names if (tensor := getattr(self, name, None)) is not None}
+        kept = {name: tensor.detach() for name, tensor in before.items()}
+        super()._apply(fn, recurse)
+        for name, original in kept.items():
+            cast = getattr(self, name)
+            if cast.is_floating_point() and cast.dtype.itemsize < 4:
+                # from the original, not from the cast: a round trip through bfloat16 would lose bits
+                wide = torch.promote_types(original.dtype, torch.float32)
+                value = original.to(device=cast.device, dtype=wide)
+                if isinstance(cast, nn.Parameter):
+                    cast.data = value
+                else:
+                    self._buffers[name] = value
+        return self
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type a recurrent state is kept in: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)

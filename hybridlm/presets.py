@@ -87,6 +87,31 @@ def load_config(name_or_path: str | Path) -> "HybridLMConfig":
     return HybridLMConfig.from_dict(fields)
 
 
+def resolve(path: str | Path) -> None:
+    """Rewrite a config file in the form that the Hub stores, with every option written out.
+
+    Args:
+        path: A `config.json`, short or complete.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: The first thing that is wrong with it.
+    """
+    path = Path(path)
+    path.write_text(resolved_text(path), encoding="utf-8")
+
+
+def resolved_text(path: str | Path) -> str:
+    """What `resolve` would write: the text of `save_pretrained`, without the version of transformers."""
+    from .modeling.registry import resolve_config
+
+    config = load_config(path)
+    resolve_config(config)
+    fields = json.loads(config.to_json_string())
+    fields.pop("transformers_version", None)
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
 def _named(folder: str, name: str, suffix: str, what: str) -> Path:
     directory = data_path(*folder.split("/"))
     wanted = name.removesuffix(suffix).replace("-", "_")

@@ -1,0 +1,107 @@
+"""Count the operations of a layer's parts.
+
+A multiply-add counts 2 in matrix products and convolutions; in a recurrence every operation on an element counts 1,
+exponentials included. Norms, activations, softmax, rotations and the look-up of embeddings are left out.
+
+Shapes: D hidden size, I inner width, H heads, K head width, P width of a Mamba-2 head, N state size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+_ELEMENTWISE = {aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.pow, aten.exp, aten.exp2, aten.rsqrt}
+_REDUCTIONS = {aten.sum, aten.mean, aten.cumsum}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Count what is run inside.
+
+    Attributes:
+        products: FLOPs of matrix products and convolutions, 2 for each multiply-add.
+        others: Arithmetic on elements, and sums, 1 for each operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.others = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.products += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        elif packet is aten.mv:
+            self.products += 2 * args[0].numel()
+        elif packet in _ELEMENTWISE:
+            self.others += output.numel()
+        elif packet is aten.addcmul:
+            self.others += 2 * output.numel()
+        elif packet in _REDUCTIONS:
+            self.others += args[0].numel()
+        return output
+
+
+def product_flops(part: nn.Module) -> int:
+    """FLOPs a token of the linear layers, convolutions, routers and chosen experts of a part."""
+    total = 0
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            total += 2 * module.weight.numel()
+        elif hasattr(module, "router"):
+            chosen = sum(weight[0].numel() for weight in module.experts.parameters())
+            total += 2 * module.router.weight.numel() + 2 * module.router.top_k * chosen
+    return total
+
+
+def mixing_flops(name: str, part: nn.Module, num_past: int) -> int:
+    """Operations of one token's recurrence or attention after `num_past` tokens, its projections left out.
+
+    A part without a formula here is counted: the operations of `forward_reference` for one token, without a past.
+    """
+    if name in _FORMULAS:
+        return _FORMULAS[name](part, num_past)
+    with torch.device("meta"), OperationCounter() as counter:
+        part.forward_reference(torch.empty(1, 1, part.hidden_size))
+    return counter.products + counter.others - product_flops(part)
+
+
+def _attention(part: nn.Module, num_past: int) -> int:
+    visible = num_past + 1
+    if part.window is not None:
+        visible = min(visible, part.window + part.num_sinks)
+    return 4 * part.num_heads * part.head_dim * visible  # scores, and values times weights
+
+
+def _recurrent_shape(part: nn.Module) -> tuple[int, ...]:
+    return part.state_spec(1, torch.float32)["recurrent_states"][0]
+
+
+def _mamba(part: nn.Module, num_past: int) -> int:
+    inner, num_states = _recurrent_shape(part)
+    return inner * (7 * num_states + 3)
+
+
+def _mamba2(part: nn.Module, num_past: int) -> int:
+    num_heads, head_dim, num_states = _recurrent_shape(part)
+    return num_heads * (5 * head_dim * num_states + 3 * head_dim + 2)
+
+
+def _none(part: nn.Module, num_past: int) -> int:
+    return 0
+
+
+_FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
+    "attention": _attention,
+    "mamba": _mamba,
+    "mamba2": _mamba2,
+    "mlp": _none,
+    "swiglu": _none,
+    "moe": _none,
+}

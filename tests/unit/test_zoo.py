@@ -1,0 +1,116 @@
+"""Every preset is the file that the Hub would store, builds, and has the structure that its name promises."""
+
+import json
+
+import pytest
+import torch
+
+from hybridlm import presets
+from hybridlm.analysis import plan
+from hybridlm.modeling.modeling_hybridlm import HybridLMForCausalLM
+
+NAMES = presets.preset_names()
+FULL = [name for name in NAMES if not name.startswith("tiny_")]
+TINY = [name for name in NAMES if name.startswith("tiny_")]
+
+
+def read(name):
+    return json.loads(presets.find_config(name).read_text(encoding="utf-8"))
+
+
+def parts(name, half):
+    config = read(name)
+    return [config["layer_specs"][recipe][half] for recipe in config["layer_layout"]]
+
+
+def mixers(name):
+    return [mixer["name"] for mixer in parts(name, "mixer")]
+
+
+def test_the_zoo_is_complete():
+    promised = {"llama", "mistral", "mixtral", "mamba", "mamba2", "jamba", "jamba_3to1", "samba", "bamba"}
+    assert set(FULL) == promised | {"granite_4_like"}
+    assert set(TINY) == {f"tiny_{name}" for name in FULL}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_stores_every_option_resolved(name):
+    path = presets.find_config(name)
+    assert path.read_text(encoding="utf-8") == presets.resolved_text(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_says_where_its_figures_come_from(name):
+    assert read(name)["extra"]["source"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_builds_on_the_meta_device_with_the_planned_parameters(name):
+    config = presets.load_config(name)
+    with torch.device("meta"):
+        model = HybridLMForCausalLM(config)
+    assert plan(config, context=16).total.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_tiny_sibling_keeps_the_structure(name):
+    full, tiny = read(name), read(f"tiny_{name}")
+    assert tiny["hidden_size"] <= 64
+    for half in ("mixer", "channel_mixer"):
+        kinds = [
+            {json.dumps(_structure(part)) for part in parts(preset, half)} for preset in (name, f"tiny_{name}")
+        ]
+        assert kinds[0] == kinds[1], half
+    for key in ("norm", "tie_word_embeddings", "embedding_multiplier", "logit_multiplier", "residual"):
+        assert full[key] == tiny[key], key
+
+
+def _structure(part):
+    """The part without its sizes: strings, switches, and whether an optional number is set."""
+    if not isinstance(part, dict):
+        return part
+    kept = {key: _structure(value) for key, value in part.items() if isinstance(value, str | bool | dict)}
+    return kept | {f"{key} is set": part.get(key) is not None for key in ("window", "scale") if key in part}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_preset_generates(name):
+    torch.manual_seed(0)
+    model = HybridLMForCausalLM(presets.load_config(name)).eval()
+    prompt = torch.randint(0, 256, (2, 5))
+    output = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert output.shape == (2, 9)
+    assert bool((output[:, :5] == prompt).all())
+
+
+def test_jamba_is_the_published_one():
+    names = mixers("jamba")
+    assert [i for i, name in enumerate(names) if name == "attention"] == [4, 12, 20, 28]
+    assert [i for i, part in enumerate(parts("jamba", "channel_mixer")) if part["name"] == "moe"] == [*range(1, 32, 2)]
+    attention, mamba = parts("jamba", "mixer")[4], parts("jamba", "mixer")[0]
+    assert attention["position"] == {"name": "none"}
+    assert (attention["num_heads"], attention["num_kv_heads"]) == (32, 8)
+    assert (mamba["inner_norms"], mamba["state_size"]) == (True, 16)
+    total = plan(presets.load_config("jamba")).total
+    # arXiv:2403.19887, table 1: 52B parameters, 12B active
+    assert round(total.num_parameters / 1e9) == 52
+    assert round(total.num_active_parameters / 1e9) == 12
+
+
+def test_jamba_needs_4_gb_of_keys_and_values_at_256k_tokens():
+    layers = plan(presets.load_config("jamba"), context=2**18).layers
+    # arXiv:2403.19887, table 1
+    assert sum(layer.state_bytes for layer in layers if layer.mixer == "attention") == 4 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "others"),
+    [("jamba_3to1", 8, 24), ("samba", 9, 9), ("bamba", 3, 29), ("granite_4_like", 4, 36), ("llama", 32, 0)],
+)
+def test_the_ratio_of_mixers_is_the_published_one(name, attention, others):
+    names = mixers(name)
+    assert (names.count("attention"), len(names) - names.count("attention")) == (attention, others)
+
+
+def test_the_variant_is_labelled():
+    assert "variant" in read("jamba_3to1")["extra"]["source"]

@@ -28,7 +28,8 @@ def _keys_of_transformers() -> set[str]:
     fields = getattr(PreTrainedConfig, "__dataclass_fields__", {})
     generation = GenerationConfig._get_default_generation_params()
     by_other_modules = {"auto_map", "quantization_config", "model_type"}  # saving remote code, quantizers, AutoConfig
-    return {*handled, *quoted, *fields, *generation, *by_other_modules}
+    not_ours = {"rope_theta", "rope_scaling", "kwargs"}  # a position is an option of a mixer
+    return {*handled, *quoted, *fields, *generation, *by_other_modules} - not_ours
 
 
 def _default_specs() -> dict:
@@ -163,7 +164,8 @@ class HybridLMConfig(PreTrainedConfig):
     @property
     def num_attention_heads(self) -> int:
         """Query heads of the first attention layer; of a stack without one, 1."""
-        return self._first("mixer", ("attention",)).get("num_heads", 1)
+        attention = self._first("mixer", ("attention",))
+        return attention.get("num_heads", 8) if attention else 1
 
     @property
     def num_key_value_heads(self) -> int:

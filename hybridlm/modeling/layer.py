@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache import AttentionEntry, HybridCache, HybridCacheLayer, RecurrentEntry
+from .cache import HybridCache
+from .cache_entries import AttentionEntry, RecurrentEntry
+from .cache_layer import HybridCacheLayer
 from .masks import SequenceInfo
 from .norms import build_norm
 from .registry import HALVES, RESIDUALS, build_part

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .cache import KeyValueStore
+from .cache_entries import KeyValueStore
 from .masks import SequenceInfo, compiling
 from .norms import RMSNorm
 from .position_none import NoPosition

@@ -120,9 +120,7 @@ def resolve_norm(spec: Any, path: str) -> dict:
     """
     resolved = resolve_part(spec, NORMS, path, extra={"placement": "pre"})
     if resolved["placement"] not in PLACEMENTS:
-        raise ValueError(
-            f"{path}.placement: unknown {resolved['placement']!r}, expected one of {sorted(PLACEMENTS)}"
-        )
+        raise ValueError(f"{path}.placement: unknown {resolved['placement']!r}, expected one of {sorted(PLACEMENTS)}")
     return resolved
 
 

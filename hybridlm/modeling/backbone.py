@@ -1,0 +1,299 @@
+"""The stack without a head, and what all models share: initialisation, saving, caches.
+
+Shapes: B batch, T tokens, D hidden size.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache import DEFAULT_RECORD_WINDOW, HybridCache
+from .channel_moe import MoE
+from .configuration_hybridlm import HybridLMConfig
+from .layer import HybridLMLayer
+from .masks import Compaction, SequenceInfo, compiling
+from .mixer_attention import AttentionProduct
+from .norms import build_norm
+from .registry import HALVES, resolve_config
+from .remote_code import auto_map, foreign_parts, ship_code
+from .router import Router
+from .stream import RowState, build_sequence, current_mask
+
+
+@dataclass
+class HybridLMModelOutput(MoeModelOutputWithPast):
+    """What the base model returns.
+
+    Attributes:
+        token_mask: `[B, T]`, True at real tokens; `None` when all are.
+        segment_ids: `[B, T]`, number of the document inside the row; `None` when a row holds one.
+    """
+
+    token_mask: Tensor | None = None
+    segment_ids: Tensor | None = None
+
+
+class HybridLMPreTrainedModel(PreTrainedModel):
+    """What the base model and the heads share: initialisation, saving, flags for transformers."""
+
+    config_class = HybridLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridLMLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "selection_bias"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = False
+    # transformers reads the source of this file to answer; attention and experts live in other files
+    _can_set_attn_implementation_cached_value = True
+    _can_set_experts_implementation_cached_value = False
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": HybridLMLayer,
+        "attentions": OutputRecorder(AttentionProduct, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
+            module.init_weights(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save weights, config and the code that loads them where hybridlm is not installed.
+
+        Args:
+            save_directory: The model folder; it is made if it does not exist.
+            kwargs: As in transformers.
+        """
+        main_process = kwargs.get("is_main_process", True)
+        self.config.auto_map = auto_map()
+        super().save_pretrained(save_directory, **kwargs)
+        if main_process:
+            ship_code(save_directory, foreign_parts(self.config, HALVES))
+
+    def new_cache(
+        self,
+        batch_size: int | None = None,
+        *,
+        static: bool = False,
+        max_length: int | None = None,
+        record_window: int = DEFAULT_RECORD_WINDOW,
+    ) -> HybridCache:
+        """Make an empty cache for this model.
+
+        Args:
+            batch_size: Number of rows; learned from the first call by default.
+            static: Whether every tensor keeps its address and shape, as compiled decoding needs.
+            max_length: Most real tokens a row may have; needed for a static cache.
+            record_window: Tokens that `crop` can take back once `activate_past_recording` was called.
+
+        Raises:
+            ValueError: A static cache without `max_length`.
+        """
+        if static and max_length is None:
+            raise ValueError("max_length: a static cache needs it")
+        length = max_length if static else None
+        layers = [layer.new_entry(length) for layer in self.base_model.layers]
+        return HybridCache(layers, self.base_model.signature, batch_size, length, record_window)
+
+    def check_cache(self, cache: Any) -> None:
+        """Refuse a cache that is not ours, or was made for another architecture.
+
+        Raises:
+            ValueError: The cache does not fit; the message says how to make one.
+        """
+        if type(cache).__name__ != HybridCache.__name__:  # by name: remote code has a class of its own
+            raise ValueError(
+                f"past_key_values: {type(cache).__name__} cannot hold the state of this model, make one by "
+                "model.new_cache()"
+            )
+        if cache.signature != self.base_model.signature:
+            raise ValueError("past_key_values: was made for a model with another config")
+
+
+class HybridLMModel(HybridLMPreTrainedModel):
+    """The stack without a head.
+
+    Args:
+        config: What to build. Its parts are checked and written out in full.
+
+    Raises:
+        ValueError: Something in the config is wrong; the message starts with its path.
+    """
+
+    def __init__(self, config: HybridLMConfig) -> None:
+        resolve_config(config)
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HybridLMLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = build_norm(config.norm, config.hidden_size)
+        self.gradient_checkpointing = False
+        shape = {name: getattr(config, name) for name in ("hidden_size", "layer_specs", "layer_layout", "norm")}
+        self.signature = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+        self.post_init()
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The mixture-of-experts parts, in order."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
+        given, name = (inputs_embeds, "inputs_embeds") if input_ids is None else (input_ids, "input_ids")
+        if given.dim() != (3 if input_ids is None else 2):
+            raise ValueError(f"{name}: expected {'[B, T, D]' if input_ids is None else '[B, T]'}, got {given.shape}")
+        if given.shape[0] == 0 or given.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one row and one token, got shape {tuple(given.shape)}")
+        if input_ids is not None and input_ids.device.type == "cpu" and not compiling():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"input_ids: {bad} is out of range, expected 0 to {self.config.vocab_size - 1}")
+        return *given.shape[:2], given.device
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        **kwargs: Any,
+    ) -> HybridLMModelOutput:
+        """Run the stack.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, cached + T]`, 1 at real tokens.
+            position_ids: `[B or 1, T]`; counted from the start of each document by default. Without an attention mask,
+                positions that do not go on by one begin a document.
+            past_key_values: State of the tokens before, from `new_cache()` or an earlier call.
+            inputs_embeds: `[B, T, D]`, instead of `input_ids`.
+            use_cache: Whether to return the state; by default as in the config, and never in training.
+            seq_idx: `[B or 1, T]`, number of each token's document.
+            cu_seq_lens_q: `[documents + 1]`, borders of the documents of one row.
+            cu_seq_lens_k: The same with cached keys counted in.
+            max_length_q: Accepted from collators and not needed.
+            max_length_k: Accepted from collators and not needed.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`.
+
+        Returns:
+            Hidden states `[B, T, D]` (0 at pads) and what was asked for.
+
+        Raises:
+            ValueError: An argument has a wrong shape or value; the message names it. Nothing was changed then.
+        """
+        batch, length, device = self._check_inputs(input_ids, inputs_embeds)
+        cache = self._cache_for(past_key_values, use_cache)
+        num_past = 0 if cache is None else cache.num_columns
+        real = current_mask(attention_mask, batch, length, num_past)
+        if real is not None and cache is None and device.type == "cpu" and not compiling():
+            empty = (~real.any(1)).nonzero()
+            if empty.numel():
+                raise ValueError(f"attention_mask: row {int(empty[0])} has no real token")
+        rows = RowState.fresh(batch, device) if cache is None else cache.start_rows(batch, device)
+        sequence, compaction, rows = build_sequence(
+            batch,
+            length,
+            device,
+            rows,
+            real=real,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            borders_from_positions=attention_mask is None,
+        )
+        sequence.attn_implementation = self.config._attn_implementation or "eager"
+        sequence.need_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        sequence.use_cache = cache is not None
+        if input_ids is not None:
+            sequence.token_ids = input_ids if compaction is None else compaction.apply(input_ids)
+            inputs_embeds = self.embed_tokens(sequence.token_ids)
+        elif compaction is not None:
+            inputs_embeds = compaction.apply(inputs_embeds)
+        if cache is not None:
+            cache.plan(sequence)
+        kwargs.pop("return_dict", None)
+        output = self._run_layers(inputs_embeds, sequence, cache, return_dict=True, **kwargs)
+        if cache is not None:
+            cache.commit(length, real, sequence, rows)
+        output.segment_ids = sequence.segment_ids
+        if compaction is not None:
+            self._restore(output, compaction, attention_mask)
+        output.token_mask = real
+        return output
+
+    def _cache_for(self, cache: HybridCache | None, use_cache: bool | None) -> HybridCache | None:
+        if self.gradient_checkpointing and self.training:
+            return None  # a layer that is run again in backward would feed its tokens twice
+        if cache is not None:
+            self.check_cache(cache)
+            return cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return self.new_cache() if use_cache else None
+
+    @capture_outputs
+    def _run_layers(
+        self, inputs_embeds: Tensor, sequence: SequenceInfo, cache: HybridCache | None, **kwargs: Any
+    ) -> HybridLMModelOutput:
+        """Layers and final norm over compacted tokens; transformers' hooks record in here."""
+        hidden_states = inputs_embeds
+        if self.config.embedding_multiplier != 1.0:
+            hidden_states = hidden_states * self.config.embedding_multiplier
+        hidden_states = nn.functional.dropout(hidden_states, self.config.embedding_dropout, self.training)
+        sequence.inputs_embeds = hidden_states
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, sequence=sequence, past_key_values=cache)
+        return HybridLMModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
+
+    @staticmethod
+    def _restore(output: HybridLMModelOutput, compaction: Compaction, attention_mask: Any) -> None:
+        """Bring what was recorded back into the caller's layout."""
+        output.last_hidden_state = compaction.restore(output.last_hidden_state)
+        if output.segment_ids is not None:
+            output.segment_ids = compaction.restore(output.segment_ids)
+        for name in ("hidden_states", "router_logits"):
+            if getattr(output, name, None):
+                output[name] = tuple(compaction.restore(x) for x in getattr(output, name))
+        if getattr(output, "attentions", None):
+            keys = compaction
+            if isinstance(attention_mask, Tensor) and attention_mask.shape[1] != compaction.real.shape[1]:
+                keys = Compaction.from_mask(attention_mask.bool())
+            output.attentions = tuple(
+                keys.restore(weights, dim=3) if weights.shape[3] == keys.num_tokens else weights
+                for weights in (compaction.restore(w, dim=2) for w in output.attentions)
+            )

@@ -1,0 +1,100 @@
+"""The cache entries of one layer, in the form that transformers' tools expect."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+
+class HybridCacheLayer(CacheLayerMixin):
+    """The entries of one layer.
+
+    Args:
+        mixer: Entry of the mixer, or `None`.
+        channel_mixer: Entry of the channel mixer, or `None`.
+    """
+
+    def __init__(self, mixer: Any = None, channel_mixer: Any = None) -> None:
+        self.mixer, self.channel_mixer = mixer, channel_mixer
+        self.cache: Any = None  # the HybridCache it belongs to
+
+    @property
+    def entries(self) -> list[Any]:
+        """The entries that exist."""
+        return [entry for entry in (self.mixer, self.channel_mixer) if entry is not None]
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Live tensors, named `mixer.keys` and so on."""
+        halves = {"mixer": self.mixer, "channel_mixer": self.channel_mixer}
+        return {
+            f"{half}.{name}": tensor
+            for half, entry in halves.items()
+            if entry is not None
+            for name, tensor in entry.tensors().items()
+        }
+
+    def _tensor(self, name: str) -> Tensor | None:
+        return None if self.mixer is None else self.mixer.tensors().get(name)
+
+    keys = property(lambda self: self._tensor("keys"))
+    values = property(lambda self: self._tensor("values"))
+    conv_states = property(lambda self: self._tensor("conv_states"))
+    recurrent_states = property(lambda self: self._tensor("recurrent_states"))
+    is_initialized = property(lambda self: bool(self.named_tensors()) or not self.entries)
+    is_compileable = property(lambda self: self.cache.is_static)
+    is_croppable = property(lambda self: self.cache.is_croppable)
+    is_sliding = False
+    supports_early_init = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: entries are filled by their mixers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: a hybrid cache is filled by the model it was made for."""
+        raise NotImplementedError("HybridCache is filled by its own model; other models need their own cache")
+
+    def get_seq_length(self) -> int:
+        """Columns of the stream so far, pads included."""
+        return self.cache.num_columns
+
+    def get_max_length(self) -> int:
+        """Slots of a static cache, else -1."""
+        return self.cache.max_length if self.cache.is_static else -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the columns a query may see."""
+        return self.cache.num_columns + query_length, 0
+
+    def map(self, function: Any) -> None:
+        """Replace every tensor by `function(tensor)`."""
+        for entry in self.entries:
+            entry.map(function)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for entry in self.entries:
+            entry.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute the rows."""
+        self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, max_length: int) -> None:
+        """Refuse: rows are rolled back for all layers at once, by `HybridCache.crop`."""
+        raise NotImplementedError("crop the whole HybridCache, not one layer of it")
+
+    def offload(self) -> None:
+        """Move the tensors to the CPU."""
+        self.map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the tensors back to where the cache lives."""
+        self.map(lambda tensor: tensor.to(self.cache.device, non_blocking=True))

@@ -1,0 +1,31 @@
+"""A run's results in a few lines of text."""
+
+from typing import Any
+
+
+def summarize(results: dict[str, Any]) -> str:
+    """Say what a run measured, in the order a reader asks for it."""
+    data, training = results["data"], results["training"]
+    lines = [
+        f"{results['name']}: {results['parameters']:,} parameters, {training['steps']} steps, "
+        f"{results['tokens_seen']:,} tokens in {training['seconds']:.0f} s",
+        f"data {data['path']}: {data['num_documents']} documents, {data['num_bytes']:,} bytes, "
+        f"manifest {data['manifest_hash']}",
+    ]
+    for score in results.get("heldout", []):
+        lines.append(
+            f"held-out bits per byte at {score['length']} tokens: {score['bits_per_byte']:.4f} "
+            f"({score['num_bytes']:,} bytes of {score['num_documents']} documents)"
+        )
+    for ngram in results.get("ngrams", []):
+        lines.append(f"order-{ngram['order']} byte model on what training saw: {ngram['bits_per_byte']:.4f}")
+    lines.append(f"saved in {results['folder']}")
+    reload = results.get("reload")
+    if reload:
+        equal = "equal bit for bit" if reload["logits_equal"] else f"differ by up to {reload['max_difference']:.3g}"
+        lines.append(f"loaded again in a new process as {reload['class'].rpartition('.')[2]}: logits {equal}")
+        if "continuation" in reload:
+            lines += ["", reload["continuation"], ""]
+    lines.append(f"{results['seconds']:.0f} s in all")
+    lines += [f"FAILED: {failure}" for failure in results["failures"]]
+    return "\n".join(lines)

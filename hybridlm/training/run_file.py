@@ -1,0 +1,261 @@
+"""A run file: one YAML file that says what is trained on what, checked before anything starts."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from hybridlm.presets import find_run
+
+# what a run uses unless its file says otherwise
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 0.05,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+# set by the run itself
+TRAINING_TAKEN = {"output_dir", "remove_unused_columns"}
+
+
+@dataclass
+class ModelOptions:
+    """What is trained: exactly one of `config` and `pretrained`.
+
+    Args:
+        config: A config written out, the name of a preset, or the path of a `config.json`. The model starts random.
+        pretrained: A folder or Hub name; the model starts from its weights.
+        trust_remote_code: Whether code that comes with `pretrained` may run.
+    """
+
+    config: dict | str | None = None
+    pretrained: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataOptions:
+    """What it is trained on.
+
+    Args:
+        path: `stdlib`, a file, a folder, or a Hub name; see `hybridlm.data.load_documents`.
+        length: Tokens in a row.
+        name: Configuration of a Hub data set.
+        split: Split of a Hub data set.
+        text_column: Column that holds the text.
+        streaming: Read documents while training.
+        shuffle_buffer: Documents a stream shuffles among; 0 keeps its order.
+        heldout_modulus: One document in this many is held out; 0 holds none out.
+    """
+
+    path: str
+    length: int = 1024
+    name: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    shuffle_buffer: int = 0
+    heldout_modulus: int = 20
+
+
+@dataclass
+class EvaluationOptions:
+    """What is measured on held-out documents when training ends.
+
+    Args:
+        lengths: Window lengths in tokens; by default 1, 2 and 4 times `data.length`. Empty: nothing is measured.
+        max_bytes: Stop taking documents when this much text is reached.
+        batch_tokens: Tokens in one forward pass.
+        ngram_orders: Byte n-gram models to fit on the bytes that training saw and to measure beside the model.
+        below_ngram_order: The run fails unless the model beats this order at the first length.
+    """
+
+    lengths: list[int] | None = None
+    max_bytes: int | None = None
+    batch_tokens: int = 8192
+    ngram_orders: list[int] = field(default_factory=list)
+    below_ngram_order: int | None = None
+
+
+@dataclass
+class PublishOptions:
+    """What is made of the trained model, in the folder `model` of the run.
+
+    Args:
+        name: The model's name on its card.
+        card: Whether a model card is written.
+        check_reload: Load the folder in a new process without `hybridlm`, and fail unless the logits are equal.
+        prompt: Text that the reloaded model continues.
+        max_new_tokens: Length of the continuation.
+    """
+
+    name: str = "hybridlm-model"
+    card: bool = True
+    check_reload: bool = False
+    prompt: str | None = None
+    max_new_tokens: int = 200
+
+
+@dataclass
+class RunFile:
+    """A whole run. `training` takes every field of `transformers.TrainingArguments` but `output_dir`."""
+
+    output_dir: str
+    model: ModelOptions
+    data: DataOptions
+    tokenizer: str = "byte"
+    training: dict = field(default_factory=dict)
+    decay_embeddings: bool = False
+    overwrite: bool = False
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    publish: PublishOptions = field(default_factory=PublishOptions)
+
+
+def load_run_file(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> RunFile:
+    """Read and check a run file.
+
+    Args:
+        source: A path, the name of a run file that comes with the package, or its content.
+        overrides: Settings that replace the file's, such as `training.max_steps=5`; the value is YAML.
+
+    Raises:
+        FileNotFoundError: There is no such run file.
+        ValueError: With the path of what is unknown, missing or of the wrong type.
+    """
+    content = dict(source) if isinstance(source, dict) else _read_yaml(find_run(source))
+    for override in overrides or []:
+        _override(content, override)
+    run_file = _build(RunFile, content, "")
+    if (run_file.model.config is None) == (run_file.model.pretrained is None):
+        raise ValueError("model: give exactly one of `config` and `pretrained`")
+    training_arguments(run_file)  # only for its errors
+    return run_file
+
+
+def training_arguments(run_file: RunFile) -> TrainingArguments:
+    """Build the arguments of the Trainer: the defaults above, then the file's `training`.
+
+    bfloat16 is used where the device has it, unless `training.bf16` or `training.fp16` is given.
+    """
+    given = dict(run_file.training)
+    known = {item.name for item in fields(TrainingArguments) if item.init} - TRAINING_TAKEN
+    hints = typing.get_type_hints(TrainingArguments)
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"training.{name}: unknown key{_suggestion(name, known)}")
+        given[name] = _convert_loosely(hints[name], value, f"training.{name}")
+    if run_file.data.streaming and given.get("max_steps", -1) <= 0:
+        raise ValueError("training.max_steps: must be given when data.streaming is true, a stream has no length")
+    if run_file.data.streaming and given.get("dataloader_num_workers", 0):
+        raise ValueError("training.dataloader_num_workers: must be 0 when data.streaming is true")
+    settings = TRAINING_DEFAULTS | given
+    cuda = torch.cuda.is_available()
+    if "bf16" not in given and not given.get("fp16"):
+        settings["bf16"] = cuda and torch.cuda.is_bf16_supported()
+    settings.setdefault("dataloader_pin_memory", cuda)
+    if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
+        del settings["lr_scheduler_kwargs"]
+    try:
+        return TrainingArguments(output_dir=run_file.output_dir, remove_unused_columns=False, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(content).__name__}")
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"{override!r}: expected path=value, such as training.max_steps=5")
+    *parents, last = path.split(".")
+    for parent in parents:
+        content[parent] = dict(content.get(parent) or {})
+        content = content[parent]
+    content[last] = yaml.safe_load(value)
+
+
+def _build(kind: type, content: Any, path: str) -> Any:
+    """Make a dataclass out of a dict, with an error that names the path of what does not fit."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys and values, got {content!r}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    for name in content:
+        if name not in hints:
+            raise ValueError(f"{prefix}{name}: unknown key{_suggestion(str(name), hints)}")
+    for item in fields(kind):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in content:
+            raise ValueError(f"{prefix}{item.name}: missing")
+    return kind(**{name: _convert(hints[name], value, prefix + name) for name, value in content.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option is int and isinstance(value, bool):
+            continue
+        if option == list[int]:
+            if isinstance(value, list) and all(type(item) is int for item in value):
+                return value
+        elif isinstance(value, option):
+            return value
+    raise ValueError(f"{path}: expected {_name_types(options)}, got {value!r}")
+
+
+def _convert_loosely(hint: Any, value: Any, path: str) -> Any:
+    """Check the plain types only; `TrainingArguments` turns the others (names into enums, and so on) itself."""
+    options = set(typing.get_args(hint) or [hint])
+    if float in options and isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 3e-4, without a dot, as text
+        except ValueError:
+            raise ValueError(f"{path}: expected float, got {value!r}") from None
+    if options <= {int, float, bool, str, types.NoneType}:
+        ordered = [option for option in (bool, int, float, str, types.NoneType) if option in options]
+        for option in ordered:
+            try:
+                return _convert(option, value, path)
+            except ValueError:
+                continue
+        raise ValueError(f"{path}: expected {_name_types(ordered)}, got {value!r}")
+    return value
+
+
+def _name_types(options: typing.Iterable[Any]) -> str:
+    names = [option.__name__ if isinstance(option, type) else str(option) for option in options]
+    return " or ".join(names).replace("NoneType", "null")
+
+
+def _suggestion(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else f", expected one of {sorted(known)}"

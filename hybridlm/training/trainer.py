@@ -1,0 +1,200 @@
+"""The Trainer of transformers with packed rows, whole checkpoints, and bits per byte."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .callbacks import MetricsFile, SelectionBiasCallback, TrainingBar
+from .parameter_groups import decayed_parameter_names
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the one before it is whole."""
+
+
+class EpochSampler(Sampler[int]):
+    """All rows in an order that depends on the seed and the epoch only.
+
+    Args:
+        num_rows: Number of rows.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order(self.epoch)
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of an epoch in the order they are read."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(self.num_rows, generator=generator).tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+
+class _EpochCallback(TrainerCallback):
+    """Tell the sampler the epoch: accelerate does not reach it through every wrapper it uses after a resume."""
+
+    def __init__(self, trainer: "HybridTrainer") -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+class HybridTrainer(Trainer):
+    """Train a causal language model on packed rows.
+
+    Beyond `transformers.Trainer`: weight decay spares recurrences and embeddings, the routers' selection bias moves
+    once per optimizer step, records carry bits per byte and tokens per second and go to `metrics.jsonl`, the order of
+    rows can be named (`rows_seen`), and a checkpoint appears under its name only when it is complete.
+
+    Args:
+        decay_embeddings: Whether weight decay applies to embeddings too.
+        **kwargs: As for `transformers.Trainer`. The training data is a `PackedRows` or a `PackedStream`.
+    """
+
+    def __init__(self, *, decay_embeddings: bool = False, **kwargs: Any) -> None:
+        self.decay_embeddings = decay_embeddings
+        self.train_sampler: EpochSampler | None = None
+        self._redirect: str | None = None
+        self._tokens_since_log = 0
+        self._time_of_log: float | None = None
+        super().__init__(**kwargs)
+        for default in (ProgressCallback, PrinterCallback):
+            self.remove_callback(default)
+        if not self.args.disable_tqdm:
+            self.add_callback(TrainingBar)
+        self.add_callback(SelectionBiasCallback)
+        self.add_callback(_EpochCallback(self))
+        self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay."""
+        return decayed_parameter_names(model, self.decay_embeddings)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "__len__"):
+            return None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.train_sampler = EpochSampler(len(dataset), seed)
+        return self.train_sampler
+
+    def rows_seen(self) -> list[int]:
+        """Indices of the rows that training has read so far, each once.
+
+        Exact for whole batches of one size; a last, smaller batch of an epoch is counted by `dataloader_drop_last`.
+        """
+        assert self.train_sampler is not None, "rows_seen needs a map-style data set and a started training"
+        num_rows = self.train_sampler.num_rows
+        batch_rows = self.args.per_device_train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last:
+            num_rows -= num_rows % batch_rows
+        micro_batches = -(-num_rows // batch_rows)
+        steps_per_epoch = -(-micro_batches // self.args.gradient_accumulation_steps)
+        epochs, steps = divmod(self.state.global_step, steps_per_epoch)
+        if epochs and num_rows == self.train_sampler.num_rows:
+            return list(range(num_rows))
+        seen: set[int] = set()
+        for epoch in range(epochs):
+            seen.update(self.train_sampler.order(epoch)[:num_rows])
+        rows_of_steps = min(num_rows, steps * self.args.gradient_accumulation_steps * batch_rows)
+        seen.update(self.train_sampler.order(epochs)[:rows_of_steps])
+        return sorted(seen)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one micro-batch forward and backward, and count its tokens."""
+        self._time_of_log = self._time_of_log or time.perf_counter()
+        self._tokens_since_log += inputs["input_ids"].numel() * self.args.world_size
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Record `logs`, with bits per byte beside every loss and the speed since the last record."""
+        counts = getattr(self.train_dataset, "counts", None)
+        for loss, bits in (("loss", "bits_per_byte"), ("eval_loss", "eval_bits_per_byte")):
+            if loss in logs and counts is not None and counts.num_bytes:
+                logs[bits] = logs[loss] / math.log(2) * counts.tokens_per_byte
+        if "loss" in logs and self._tokens_since_log:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = self._tokens_since_log / (now - self._time_of_log)
+            self._tokens_since_log, self._time_of_log = 0, now
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._redirect or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside the others and move it to its name when it is complete."""
+        began = time.perf_counter()
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = run_dir / f".{name}.partial"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+        self.accelerator.wait_for_everyone()
+        self._redirect = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish_checkpoint(partial / name, run_dir / name)
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {run_dir / name} could not be written: {error}. {self._whole_checkpoint(run_dir)}"
+            ) from error
+        finally:
+            self._redirect = None
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self._time_of_log is not None:  # writing is not training: leave it out of the speed
+            self._time_of_log += time.perf_counter() - began
+
+    def _publish_checkpoint(self, written: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(written):  # the path is part of what was written
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(written / "trainer_state.json"))
+        if final.exists():  # from an earlier run in the same folder
+            os.replace(final, written.parent / "replaced")
+        os.replace(written, final)
+        rotate_checkpoints(
+            output_dir=str(final.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    @staticmethod
+    def _whole_checkpoint(run_dir: Path) -> str:
+        steps = [path.name.rpartition("-")[2] for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+        newest = max((int(step) for step in steps if step.isdigit()), default=None)
+        if newest is None:
+            return "There is no earlier checkpoint"
+        return f"The last whole checkpoint is {run_dir / f'{PREFIX_CHECKPOINT_DIR}-{newest}'}"

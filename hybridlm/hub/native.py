@@ -1,0 +1,351 @@
+"""Read and write native Llama, Mistral, Mixtral, Jamba, Mamba, Mamba-2 and Bamba checkpoints.
+
+"Native" is what `save_pretrained` of transformers' own class writes: `config.json` and safetensors, one file or
+sharded. Import followed by export gives back the same tensor names, shapes, types and bytes, and an equal config; the
+borders between shards may differ.
+"""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from ..modeling.configuration_hybridlm import HybridLMConfig
+from ..modeling.modeling_hybridlm import HybridLMForCausalLM
+from ..modeling.precision import Float32Islands
+from ..modeling.registry import resolve_config
+from ..modeling.remote_code import auto_map, ship_code
+from .native_config import LEGACY_ROPE, differences, layout_of, native_class, to_hybrid, to_native
+from .native_families import FAMILIES, Family, Options
+from .native_tensors import Checkpoint, Output, native_pieces, num_bytes, piece_shape, read_json, write_shards
+
+logger = logging.get_logger(__name__)
+
+COPIED = (
+    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("chat_template*", "additional_chat_templates", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
+)
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def import_native(src: str | PathLike, out: str | PathLike, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Path:
+    """Turn a native folder into a hybridlm folder that `from_pretrained` loads, remote code included.
+
+    Weights stream from shard to shard; at most one output shard is in memory.
+
+    Args:
+        src: Folder with `config.json` and safetensors.
+        out: Folder to make; it may exist when it is empty. It appears complete or not at all.
+        max_shard_bytes: Size of an output shard.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: The config, the weights or a shard is missing.
+        FileExistsError: `out` is there and not empty.
+        ValueError: A corrupt file, an unknown family, an option without a counterpart, a missing, surplus or misshapen
+            tensor. The text names the file.
+    """
+    src = Path(src)
+    raw = _read_config(src)
+    family = _family(raw, src)
+    try:
+        arguments = to_hybrid(family, _native_config(family, raw))
+        config = HybridLMConfig(**arguments, architectures=[HybridLMForCausalLM.__name__])
+        model = _empty_model(config)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"{src / 'config.json'}: {error}") from error
+    record: Options = {"model_type": family.model_type, "config": raw}
+    with Checkpoint(src) as checkpoint, _whole_folder(src, out) as temporary:
+        outputs, narrow = _import_plan(family, config, model, checkpoint)
+        if narrow:
+            record["narrow_dtypes"] = narrow
+        write_shards(temporary, outputs, max_shard_bytes)
+        config.extra = {**config.extra, "native": record}
+        _copy_companions(src, temporary)
+        config.auto_map = auto_map()
+        config.save_pretrained(temporary)
+        ship_code(temporary, {})
+    return Path(out)
+
+
+def export_native(
+    src: str | PathLike,
+    out: str | PathLike,
+    *,
+    family: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Turn a hybridlm folder into the native folder of the family that its config equals.
+
+    Options that change neither weights nor logits and that the family cannot say (dropouts, losses, initial values)
+    are left out, with a warning that names them.
+
+    Args:
+        src: Folder with a hybridlm `config.json` and safetensors.
+        out: Folder to make; it may exist when it is empty. It appears complete or not at all.
+        family: A `model_type`; by default the one the folder was imported from, else the first that fits.
+        max_shard_bytes: Size of an output shard.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: The config, the weights or a shard is missing.
+        FileExistsError: `out` is there and not empty.
+        ValueError: No family equals the config: the text lists each config path, what it says and what the nearest
+            family has. Or a corrupt file or a missing, surplus or misshapen tensor: the text names the file.
+    """
+    src = Path(src)
+    raw = _read_config(src)
+    if raw.get("model_type") != HybridLMConfig.model_type:
+        raise ValueError(f"{src / 'config.json'}: model_type is {raw.get('model_type')!r}, expected 'hybridlm'")
+    _check_architecture(raw, HybridLMForCausalLM.__name__, src)
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family: unknown {family!r}, expected one of {sorted(FAMILIES)}")
+    try:
+        config = HybridLMConfig.from_dict(raw)
+        model = _empty_model(config)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"{src / 'config.json'}: {error}") from error
+    chosen, native = _equal_family(config, family)
+    record = config.extra.get("native", {})
+    with Checkpoint(src) as checkpoint, _whole_folder(src, out) as temporary:
+        narrow = record.get("narrow_dtypes", {})
+        write_shards(temporary, _export_plan(chosen, config, model, checkpoint, narrow), max_shard_bytes)
+        _copy_companions(src, temporary)
+        native.to_json_file(temporary / "config.json")
+    return Path(out)
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> Options:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'}: missing")
+    return PreTrainedConfig._decode_special_floats(read_json(folder / "config.json"))
+
+
+def _family(raw: Options, src: Path) -> Family:
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        raise ValueError(
+            f"{src / 'config.json'}: model_type is {raw.get('model_type')!r}, expected one of {sorted(FAMILIES)}"
+        )
+    _check_architecture(raw, family.architecture, src)
+    if raw.get("quantization_config"):
+        raise ValueError(f"{src / 'config.json'}: quantization_config is set, expected unquantized weights")
+    return family
+
+
+def _check_architecture(raw: Options, expected: str, src: Path) -> None:
+    if raw.get("architectures") not in (None, [], [expected]):
+        raise ValueError(f"{src / 'config.json'}: architectures is {raw['architectures']!r}, expected [{expected!r}]")
+
+
+def _native_config(family: Family, options: Options) -> PreTrainedConfig:
+    try:
+        return native_class(family).from_dict(dict(options))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f"not a {family.model_type} config ({' '.join(str(error).split())})") from error
+
+
+def _empty_model(config: HybridLMConfig) -> HybridLMForCausalLM:
+    """The model without memory; building it checks the config and writes all defaults into it."""
+    with torch.device("meta"):
+        return HybridLMForCausalLM(config)
+
+
+def _resolved(family: Family, native: PreTrainedConfig) -> Options:
+    config = HybridLMConfig(**to_hybrid(family, native))
+    resolve_config(config)
+    return config.to_dict()
+
+
+def _native_options(family: Family, config: HybridLMConfig) -> Options:
+    """The native options of our config: those it was imported with, where it still says the same, else new ones."""
+    options = to_native(family, config.to_dict())
+    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
+    record = config.extra.get("native", {})
+    if record.get("model_type") != family.model_type:
+        options |= {"model_type": family.model_type, "architectures": [family.architecture]}
+        return options | ({"dtype": dtype} if dtype else {})
+    imported = dict(record["config"])
+    native = _native_config(family, imported)
+    before = to_native(family, _resolved(family, native))
+    changed = {key: value for key, value in options.items() if key not in before or before[key] != value}
+    if "rope_parameters" in changed:
+        for key in LEGACY_ROPE:
+            imported.pop(key, None)
+    if dtype and str(native.dtype).removeprefix("torch.") != dtype:
+        imported.pop("torch_dtype", None)
+        changed["dtype"] = dtype
+    return imported | changed
+
+
+def _equal_family(config: HybridLMConfig, wanted: str | None) -> tuple[Family, PreTrainedConfig]:
+    recorded = config.extra.get("native", {}).get("model_type")
+    names = [wanted] if wanted else sorted(FAMILIES, key=lambda name: name != recorded)
+    closest: tuple[str, list[str]] | None = None
+    for name in names:
+        family = FAMILIES[name]
+        try:
+            native = _native_config(family, _native_options(family, config))
+            blocking, harmless = differences(config.to_dict(), _resolved(family, native), name)
+        except ValueError as error:
+            blocking = [str(error)]
+        if not blocking:
+            for sentence in harmless:
+                logger.warning(f"export as {name} leaves out: {sentence}")
+            return family, native
+        if closest is None or len(blocking) < len(closest[1]):
+            closest = name, blocking
+    assert closest is not None
+    opening = (
+        f"config does not equal {wanted}" if wanted else f"config equals no native family; the nearest is {closest[0]}"
+    )
+    raise ValueError(f"{opening}: {'; '.join(closest[1])}")
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _expected(config: HybridLMConfig, model: HybridLMForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Our tensors on disk, in the order of the model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def _islands(model: HybridLMForCausalLM) -> set[str]:
+    """Names of the tensors that stay float32 in a narrower model."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Float32Islands)
+        for name in module.float32_names
+    }
+
+
+def _import_plan(
+    family: Family, config: HybridLMConfig, model: HybridLMForCausalLM, checkpoint: Checkpoint
+) -> tuple[list[Output], dict[str, str]]:
+    """What to write, and the native types of the float32 islands that were narrower."""
+    layout, islands = layout_of(config.to_dict()), _islands(model)
+    outputs: list[Output] = []
+    narrow: dict[str, str] = {}
+    used: set[str] = set()
+    for name, shape in _expected(config, model).items():
+        pieces = native_pieces(family, layout, name, shape)
+        for piece in pieces:
+            _check_tensor(checkpoint, piece.name, piece_shape(shape, piece.index))
+        used.update(piece.name for piece in pieces)
+        dtypes = {checkpoint.dtype(piece.name) for piece in pieces}
+        if len(dtypes) > 1:
+            raise ValueError(f"{checkpoint.folder}: experts of {name} differ in type: {sorted(map(str, dtypes))}")
+        dtype = native_dtype = dtypes.pop()
+        if name in islands and dtype.itemsize < 4:
+            dtype = torch.float32
+            narrow[name] = str(native_dtype).removeprefix("torch.")
+
+        def make(pieces=pieces, shape=shape, dtype=dtype) -> torch.Tensor:
+            if not pieces[0].index:
+                return checkpoint.read(pieces[0].name).to(dtype)
+            tensor = torch.empty(shape, dtype=dtype)
+            for piece in pieces:
+                tensor[piece.index] = checkpoint.read(piece.name)
+            return tensor
+
+        outputs.append(Output(name, num_bytes(shape, dtype), make))
+    _check_surplus(checkpoint, used, tied_to=native_pieces(family, layout, "model.embed_tokens.weight", ())[0].name)
+    present = islands & set(_expected(config, model))
+    if set(narrow) == present and len(set(narrow.values())) == 1:
+        narrow = {"*": narrow.popitem()[1]}  # one entry for all islands
+    return outputs, narrow
+
+
+def _export_plan(
+    family: Family,
+    config: HybridLMConfig,
+    model: HybridLMForCausalLM,
+    checkpoint: Checkpoint,
+    narrow: dict[str, str],
+) -> list[Output]:
+    layout, expected, islands = layout_of(config.to_dict()), _expected(config, model), _islands(model)
+    outputs = []
+    for name, shape in expected.items():
+        _check_tensor(checkpoint, name, shape)
+        dtype = checkpoint.dtype(name)
+        if name in islands and dtype == torch.float32 and (spelled := narrow.get(name, narrow.get("*"))):
+            dtype = getattr(torch, spelled)
+        for piece in native_pieces(family, layout, name, shape):
+
+            def make(name=name, index=piece.index, dtype=dtype) -> torch.Tensor:
+                return checkpoint.read(name, index).to(dtype)
+
+            outputs.append(Output(piece.name, num_bytes(piece_shape(shape, piece.index), dtype), make))
+    _check_surplus(checkpoint, set(expected), tied_to="model.embed_tokens.weight")
+    return outputs
+
+
+def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if name not in checkpoint.names():
+        raise ValueError(f"{checkpoint.folder}: tensor {name} is missing")
+    if checkpoint.shape(name) != shape:
+        found = list(checkpoint.shape(name))
+        raise ValueError(f"{checkpoint.where(name)}: {name} has shape {found}, config.json asks for {list(shape)}")
+
+
+def _check_surplus(checkpoint: Checkpoint, used: set[str], tied_to: str) -> None:
+    for name in sorted(checkpoint.names() - used):
+        # older versions of transformers stored what follows from other things in the folder
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name == "lm_head.weight":
+            if torch.equal(checkpoint.read(name), checkpoint.read(tied_to)):
+                continue
+            raise ValueError(f"{checkpoint.where(name)}: {name} differs from {tied_to}, to which config.json ties it")
+        raise ValueError(f"{checkpoint.where(name)}: tensor {name} is unknown to this config")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _copy_companions(src: Path, out: Path) -> None:
+    """Copy the generation config, the tokenizer and the licence."""
+    for pattern in COPIED:
+        for path in src.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, out / path.name)
+            elif path.suffix != ".py":
+                shutil.copyfile(path, out / path.name)
+
+
+@contextmanager
+def _whole_folder(src: Path, out: str | PathLike) -> Iterator[Path]:
+    """A sibling of `out` to write into; it becomes `out` when all went well and is removed otherwise."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not an empty folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -6,7 +6,9 @@ are imported by the commands that need them, so that `hybridlm list` answers at 
 
 import importlib.metadata
 import json
+import logging
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +20,10 @@ from . import presets
 
 if TYPE_CHECKING:
     from .analysis.planner import Plan
+
+
+_PACKAGES = ("hybridlm", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "peft")
+_KERNEL_PACKAGES = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "flash-attn")
 
 
 class _OneLineErrors(TyperGroup):
@@ -87,13 +93,13 @@ def _print_plan(name: str, plan: "Plan") -> None:
         label = (str(layer.index), layer.recipe, layer.mixer or "-", layer.channel_mixer or "-")
         table.add_row(*label, *_figures(layer))
     table.add_section()
-    for label, row in (("embeddings, head and final norm", plan.outer), ("total", plan.total)):
+    for label, row in (("outside the layers", plan.outer), ("total", plan.total)):
         table.add_row("", label, "", "", *_figures(row))
     # rich cuts a table to 80 columns where it cannot see a terminal
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if plan.rollback_window:
         typer.echo(f"recording {plan.rollback_window} tokens for rollback: at most {plan.rollback_bytes:,} bytes more")
-    typer.echo(f"prefill of {plan.context} tokens: {plan.prefill_flops:,} FLOPs")
+    typer.echo(f"prefill of {plan.context} tokens: {plan.total.prefill_flops:,} FLOPs")
 
 
 def _figures(row: Any) -> tuple[str, ...]:
@@ -103,13 +109,21 @@ def _figures(row: Any) -> tuple[str, ...]:
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(help="A run file (YAML), or the name of one that comes with the package.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="path=value, replaces a setting.")] = None,
 ) -> None:
-    """Train or fine-tune from a run file."""
-    path = presets.find_run(run)
-    from .training import train as run_training
+    """Train or fine-tune from a run file; the exit code is 1 when a demand of the file is not met."""
+    from .training import CheckpointError, summarize
+    from .training import run as run_training
 
-    run_training(path, overrides or [])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        results = run_training(run, resume=resume, overrides=settings)
+    except CheckpointError as error:
+        raise OSError(str(error)) from error
+    if results:  # only the first of several processes has them
+        typer.echo(summarize(results))
+        raise typer.Exit(1 if results["failures"] else 0)
 
 
 @app.command("import")
@@ -135,10 +149,16 @@ def doctor() -> None:
     """Say which versions are installed, and which backend each mixer would use and why."""
     import torch
 
-    for package in ("hybridlm", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "peft"):
-        typer.echo(f"{package:<24} {_version(package)}")
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    typer.echo(f"{'GPU':<24} {gpu}")
+    from .modeling.registry import MIXERS
+
+    typer.echo(f"{'python':<22} {platform.python_version()}")
+    for package in (*_PACKAGES, *_KERNEL_PACKAGES):
+        typer.echo(f"{package:<22} {_version(package)}")
+    typer.echo(f"{'GPU':<22} {torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'none'}")
+    for name in sorted(MIXERS):
+        backend = "attn_implementation of the model (sdpa by default)" if name == "attention" else "plain PyTorch"
+        why = "" if name == "attention" else ": this version calls no kernel package for it"
+        typer.echo(f"mixer {name:<16} {backend}{why}")
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""Presets travel as package data from one source: in the wheel, in the wheel built from the sdist, in `pip install -e`."""
+"""Presets travel as package data from one source: in the wheel, the wheel from the sdist, and `pip install -e`."""
 
 import json
 import os
@@ -71,24 +71,36 @@ def installed(request, checkout, tmp_path_factory):
     return install([str(request.getfixturevalue(fixture))], target)
 
 
+# one process for all questions: importing torch is what takes the time
 SCRIPT = """
-import json, hybridlm.presets as p
-print(json.dumps([p.__file__, str(p.data_path("configs")), p.preset_names(), p.find_config("jamba").read_text()]))
+import json
+import hybridlm.cli, hybridlm.presets as presets
+from typer.testing import CliRunner
+
+def cli(*arguments):
+    result = CliRunner().invoke(hybridlm.cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+print(json.dumps({
+    "module": presets.__file__,
+    "data": str(presets.data_path("configs")),
+    "names": presets.preset_names(),
+    "jamba": presets.find_config("jamba").read_text(),
+    "list": cli("list"),
+    "describe": json.loads(cli("describe", "jamba", "--json")),
+}))
 """
 
 
-def test_an_installation_finds_its_own_copy_of_every_preset(installed, tmp_path):
-    module, data, names, jamba = json.loads(run("-c", SCRIPT, cwd=tmp_path, pythonpath=installed))
-    assert Path(module).is_relative_to(installed)
-    assert Path(data).is_relative_to(installed)
-    assert names == presets.preset_names()
-    assert jamba == (ROOT / "configs" / "models" / "jamba.json").read_text()
-
-
-def test_an_installation_lists_and_describes_away_from_the_checkout(installed, tmp_path):
-    assert "tiny_jamba" in run("-m", "hybridlm.cli", "list", cwd=tmp_path, pythonpath=installed)
-    output = run("-m", "hybridlm.cli", "describe", "jamba", "--json", cwd=tmp_path, pythonpath=installed)
-    assert len(json.loads(output)["layers"]) == 32
+def test_an_installation_lists_and_describes_its_own_presets_away_from_the_checkout(installed, tmp_path):
+    found = json.loads(run("-c", SCRIPT, cwd=tmp_path, pythonpath=installed))
+    assert Path(found["module"]).is_relative_to(installed)
+    assert Path(found["data"]).is_relative_to(installed)
+    assert found["names"] == presets.preset_names()
+    assert found["jamba"] == (ROOT / "configs" / "models" / "jamba.json").read_text()
+    assert "tiny_jamba" in found["list"]
+    assert len(found["describe"]["layers"]) == 32
 
 
 def test_the_wheel_and_the_wheel_from_the_sdist_hold_the_same_files(wheel, wheel_from_sdist):

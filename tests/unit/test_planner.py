@@ -57,9 +57,7 @@ def test_active_parameters_are_those_that_a_token_touches(built):
                 touched += len(used) * sum(p[0].numel() for p in module.experts.parameters())
     planned = plan(config, context=8)
     idle = planned.total.num_parameters - planned.total.num_active_parameters
-    experts = sum(
-        p.numel() for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()
-    )
+    experts = sum(p.numel() for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters())
     assert experts - idle == touched
 
 

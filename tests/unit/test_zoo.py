@@ -57,9 +57,7 @@ def test_a_tiny_sibling_keeps_the_structure(name):
     full, tiny = read(name), read(f"tiny_{name}")
     assert tiny["hidden_size"] <= 64
     for half in ("mixer", "channel_mixer"):
-        kinds = [
-            {json.dumps(_structure(part)) for part in parts(preset, half)} for preset in (name, f"tiny_{name}")
-        ]
+        kinds = [{json.dumps(_structure(part)) for part in parts(preset, half)} for preset in (name, f"tiny_{name}")]
         assert kinds[0] == kinds[1], half
     for key in ("norm", "tie_word_embeddings", "embedding_multiplier", "logit_multiplier", "residual"):
         assert full[key] == tiny[key], key

@@ -2,7 +2,7 @@
 
 Shapes: B batch, T tokens, C channels, W kernel width.
 Reference: Gu and Dao 2023, "Mamba", arXiv:2312.00752, figure 3.
-Differs: the tail holds W - 1 tokens, no tap crosses the start of a document, and pads at the end of a row leave no trace.
+Differs: the tail holds W - 1 tokens, no tap crosses the start of a document, pads at the end of a row leave no trace.
 """
 
 import math

@@ -314,8 +314,8 @@ class _ChunkWeights:
     """How much each token of a chunk of C tokens keeps of what came before; all small, for all chunks at once.
 
     Attributes:
-        total: `[B, chunks, C, H]`, log2 of the decay since the chunk began, float64.
-        dt: `[B, chunks, C, H]`.
+        total: `[B, chunks, H, C]`, log2 of the decay since the chunk began, float64.
+        dt: `[B, chunks, H, C]`.
         fade_in: `[B, chunks, C, H]`, decay of the chunk's first state at each token.
         fade_out: `[B, chunks, C, H]`, dt times the decay from each token to the chunk's end.
         hidden: `[1, 1, C, C]` or `[B, chunks, C, C]`, 0 where a token sees another one and -inf where not.
@@ -330,19 +330,20 @@ class _ChunkWeights:
     @property
     def size(self) -> int:
         """Tokens of a chunk."""
-        return self.dt.shape[2]
+        return self.dt.shape[3]
 
     def unbind(self, num_tokens: int) -> list["_ChunkWeights"]:
         """One piece for each chunk, without the padding of the last one."""
-        num_chunks, size = self.dt.shape[1:3]
+        num_chunks, size = self.dt.shape[1], self.size
         tensors = [tensor.unbind(1) for tensor in (self.total, self.dt, self.fade_in, self.fade_out)]
         hidden = self.hidden.expand(-1, num_chunks, -1, -1).unbind(1)
         pieces = [_ChunkWeights(*piece) for piece in zip(*tensors, hidden, strict=True)]
         rest = num_tokens - (num_chunks - 1) * size
         if rest < size:
             last = pieces[-1]
-            cut = [tensor[:, :rest] for tensor in (last.total, last.dt, last.fade_in, last.fade_out)]
-            pieces[-1] = _ChunkWeights(*cut, last.hidden[:, :rest, :rest])
+            by_head = last.total[..., :rest], last.dt[..., :rest]
+            by_token = last.fade_in[:, :rest], last.fade_out[:, :rest]
+            pieces[-1] = _ChunkWeights(*by_head, *by_token, last.hidden[:, :rest, :rest])
         return pieces
 
 
@@ -361,6 +362,8 @@ def _ssd_weights(dt: Tensor, rate: Tensor, starts: Tensor | None, size: int) -> 
         fade_in = fade_in * (ids == 0)[..., None]
         fade_out = fade_out * (ids == ids[..., -1:])[..., None]
     hidden = torch.zeros_like(visible, dtype=dt.dtype).masked_fill(~visible, -torch.inf)
+    # heads first in memory too: the [C, C] weights take their layout from these
+    total, dt = (tensor.transpose(2, 3).contiguous() for tensor in (total, dt))
     return _ChunkWeights(total, dt, fade_in, fade_out, hidden)
 
 
@@ -371,16 +374,15 @@ def _ssd_chunk(
     batch, size, num_heads, head_dim = value.shape
     num_groups = key.shape[2]
     query, key = query.transpose(1, 2), key.permute(0, 2, 3, 1)  # [B, G, C, N] and [B, G, N, C]
-    total = weights.total.transpose(1, 2)  # [B, H, C]
-    gaps = (total[..., :, None] - total[..., None, :]).to(value.dtype)
+    gaps = (weights.total[..., :, None] - weights.total[..., None, :]).to(value.dtype)
     # hidden before the exponential: above the diagonal the difference is positive and may overflow
-    kept = torch.exp2(gaps + weights.hidden[:, None]) * weights.dt.transpose(1, 2)[:, :, None, :]  # [B, H, C, C]
+    kept = torch.exp2(gaps + weights.hidden[:, None]) * weights.dt[:, :, None, :]  # [B, H, C, C]
     kept = (kept.unflatten(1, (num_groups, -1)) * torch.matmul(query, key)[:, :, None]).flatten(1, 2)
     if skip is not None:
         kept.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
     inside = torch.matmul(kept, value.transpose(1, 2)).transpose(1, 2)  # [B, C, H, P]
     carried = torch.matmul(query, state).transpose(1, 2).reshape(value.shape)
-    output = torch.addcmul(inside, carried, weights.fade_in[..., None])
+    output = (carried * weights.fade_in[..., None]).add_(inside)  # in this order it is token-major in memory
     written = (value * weights.fade_out[..., None]).view(batch, size, num_groups, -1).transpose(1, 2)
     keep = weights.fade_in[:, -1].view(batch, num_groups, 1, -1, 1).expand(-1, -1, -1, -1, head_dim).flatten(3)
     return output, torch.addcmul(torch.matmul(key, written), state, keep)

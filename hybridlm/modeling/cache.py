@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from .cache_entries import AttentionEntry
 from .cache_layer import HybridCacheLayer
-from .masks import SequenceInfo
+from .masks import SequenceInfo, compiling
 from .stream import UNKNOWN, RowState
 
 DEFAULT_RECORD_WINDOW = 64
@@ -57,7 +57,7 @@ class HybridCache(Cache):
         self.signature = signature
         self.max_length = max_length
         self.record_window = record_window
-        self.num_columns = 0
+        self._columns: int | Tensor = 0  # a tensor in a static cache: a compiled step must not see a number change
         self.rows: RowState | None = None
         self.device = torch.device("cpu")
         self.recording = False
@@ -83,6 +83,11 @@ class HybridCache(Cache):
     @property
     def _keys_only(self) -> bool:
         return all(isinstance(entry, AttentionEntry) for layer in self.layers for entry in layer.entries)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the stream so far, pads included."""
+        return int(self._columns)
 
     @property
     def is_initialized(self) -> bool:
@@ -135,10 +140,22 @@ class HybridCache(Cache):
             raise ValueError(f"past_key_values: holds {expected} rows, got a batch of {batch}")
         if self.rows is None:
             self.rows, self.device = RowState.fresh(batch, device), device
+            if self.is_static:
+                self._columns = torch.zeros((), dtype=torch.long, device=device)
+                for tensor in (self._columns, *self.rows.tensors()):
+                    torch._dynamo.mark_static_address(tensor)
         return self.rows
 
     def plan(self, sequence: SequenceInfo) -> None:
-        """Decide where the checkpoints of this call lie, before its layers run."""
+        """Decide where the checkpoints of this call lie, before its layers run.
+
+        Raises:
+            ValueError: A row does not fit into a static cache.
+        """
+        if self.is_static and not compiling() and self.num_columns + sequence.num_tokens > self.max_length:
+            longest = int(self.rows.num_tokens.max()) + sequence.num_tokens
+            if longest > self.max_length:
+                raise ValueError(f"past_key_values: {longest} tokens do not fit into max_length={self.max_length}")
         if not self.recording:
             return
         shortest = sequence.num_tokens if sequence.lengths is None else int(sequence.lengths.min())
@@ -159,10 +176,10 @@ class HybridCache(Cache):
                 part, offset = sequence.parts[-1], sequence.parts[0].num_tokens
                 self.calls, self.num_marked = [], 0
             self.calls.append(RecordedCall(num_columns, real, part, offset, self.rows))
-        self.num_columns += num_columns
+        self._columns += num_columns
         if self.is_static:
-            for name in ("num_tokens", "doc_start", "last_position", "last_segment"):
-                getattr(self.rows, name).copy_(getattr(rows, name))
+            for old, new in zip(self.rows.tensors(), rows.tensors(), strict=True):
+                old.copy_(new)
             self.rows.uniform = None  # a number that changes every step would compile a new graph every step
             self.rows.one_document = rows.one_document
         else:
@@ -292,7 +309,7 @@ class HybridCache(Cache):
         for layer in self.layers:
             for entry in layer.entries:
                 entry.rollback(num_calls, shortened, length)
-        self.num_columns -= columns
+        self._columns -= columns
 
     def _map_rows(self, function: Any) -> None:
         if self.rows is None:
@@ -328,15 +345,16 @@ class HybridCache(Cache):
     def reset(self) -> None:
         """Forget everything; a static cache keeps its tensors."""
         super().reset()
-        self.num_columns, self.calls, self.num_marked = 0, [], 0
+        self.calls, self.num_marked = [], 0
         if self.is_static and self.rows is not None:
+            self._columns.zero_()
             self.rows.num_tokens.zero_()
             self.rows.doc_start.zero_()
             self.rows.last_position.fill_(-1)
             self.rows.last_segment.fill_(UNKNOWN)
             self.rows.uniform, self.rows.one_document = 0, True
         else:
-            self.rows = None
+            self.rows, self._columns = None, 0
 
     def snapshot(self) -> "HybridCache":
         """A copy that later calls do not change."""
@@ -390,9 +408,11 @@ class HybridCache(Cache):
             if facts.pop(name) != mine:
                 raise ValueError(f"{folder}: was saved from a cache with another {name}")
         tensors = load_file(Path(folder) / "cache.safetensors")
-        self.num_columns = facts.pop("num_columns")
+        self._columns = facts.pop("num_columns")
         rows = {name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("rows.")}
         self.rows = RowState(**rows, **facts) if rows else None
+        if self.is_static and rows:
+            self._columns = torch.tensor(self._columns)
         parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             number, half, leaf = name.split(".", 2)

@@ -36,9 +36,6 @@ class KeyValueStore:
 
         Returns:
             All keys and values `[B, G, S, K]`; the slot of a token is its index.
-
-        Raises:
-            ValueError: A static store is too short.
         """
         tracked = torch.is_grad_enabled() and (
             keys.requires_grad or (self.keys is not None and self.keys.requires_grad)
@@ -64,9 +61,6 @@ class KeyValueStore:
             self.keys, self.values = keys.new_zeros(shape), values.new_zeros((*shape[:3], values.shape[3]))
             torch._dynamo.mark_static_address(self.keys)
             torch._dynamo.mark_static_address(self.values)
-        uniform = sequence.uniform_past
-        if uniform is not None and uniform + keys.shape[2] > self.max_length:
-            raise ValueError(f"cache: {uniform + keys.shape[2]} tokens do not fit in max_length={self.max_length}")
         slots = sequence.index[:, None, :, None].clamp(max=self.max_length - 1)  # [B, 1, T, 1]
         self.keys.scatter_(2, slots.expand_as(keys), keys)
         self.values.scatter_(2, slots.expand_as(values), values)

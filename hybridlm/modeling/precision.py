@@ -23,8 +23,7 @@ class Float32Islands(nn.Module):
             cast = getattr(self, name)
             if cast.is_floating_point() and cast.dtype.itemsize < 4:
                 # from the original, not from the cast: a round trip through bfloat16 would lose bits
-                wide = torch.promote_types(original.dtype, torch.float32)
-                value = original.to(device=cast.device, dtype=wide)
+                value = original.to(device=cast.device, dtype=torch.float32)
                 if isinstance(cast, nn.Parameter):
                     cast.data = value
                 else:

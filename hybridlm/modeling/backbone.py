@@ -217,7 +217,8 @@ class HybridLMModel(HybridLMPreTrainedModel):
         """
         batch, length, device = self._check_inputs(input_ids, inputs_embeds)
         cache = self._cache_for(past_key_values, use_cache)
-        num_past = 0 if cache is None else cache.num_columns
+        reads_past = cache is not None and isinstance(attention_mask, Tensor) and not compiling()
+        num_past = cache.num_columns if reads_past else 0
         real = current_mask(attention_mask, batch, length, num_past)
         if real is not None and cache is None and device.type == "cpu" and not compiling():
             empty = (~real.any(1)).nonzero()

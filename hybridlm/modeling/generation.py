@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig
 
-from .cache import DEFAULT_RECORD_WINDOW, HybridCache
+from .cache import HybridCache
 
 _STATIC = ("static",)
 _DYNAMIC = (None, "dynamic")
@@ -23,7 +23,13 @@ class HybridGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Put a cache of ours into `model_kwargs`, or mark the user's own."""
+        """Put a cache of ours into `model_kwargs`, or mark the user's own.
+
+        Raises:
+            ValueError: A prompt is padded on the right or holds pads only, or the kind of cache is not ours.
+        """
+        if not generation_config.is_assistant:  # transformers guesses an assistant's mask from pad ids in the text
+            self._check_prompt(model_kwargs.get("attention_mask"))
         kind = generation_config.cache_implementation
         given = model_kwargs.get("past_key_values")
         if given is not None:
@@ -41,18 +47,27 @@ class HybridGeneration:
         else:
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             cache = self.new_cache(static=kind in _STATIC, max_length=length if kind in _STATIC else None)
-        cache.record_window = max(cache.record_window, self._draft_tokens(generation_config, max_cache_length))
         if generation_config.is_assistant:
+            # one call makes one draft, and all of it may be taken back; twice, since another tokenizer may cut it anew
+            cache.record_window = max(cache.record_window, 2 * (generation_config.max_new_tokens or max_cache_length))
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
     @staticmethod
-    def _draft_tokens(generation_config: GenerationConfig, max_cache_length: int) -> int:
-        """The most tokens that assisted decoding may take back at once."""
-        if generation_config.is_assistant and generation_config.num_assistant_tokens_schedule != "constant":
-            return max_cache_length  # the schedule raises the number of drafts without a bound
-        drafts = (generation_config.prompt_lookup_num_tokens, generation_config.num_assistant_tokens)
-        return max(DEFAULT_RECORD_WINDOW, *(2 * count for count in drafts if count))
+    def _check_prompt(attention_mask: Tensor | None) -> None:
+        """Refuse prompts whose last column cannot be read."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return
+        real = attention_mask != 0
+        if bool(real[:, -1].all()):
+            return
+        for row, has_tokens in enumerate(real.any(1).tolist()):
+            if not has_tokens:
+                raise ValueError(f"attention_mask: row {row} has no real token")
+        raise ValueError(
+            f"attention_mask: generate reads the last column, but row {int((~real[:, -1]).nonzero()[0])} ends in pads; "
+            "use left padding (padding_side='left')"
+        )
 
     @staticmethod
     def create_masks_for_generate(
@@ -66,20 +81,3 @@ class HybridGeneration:
         if attention_mask is None:
             return {"token_mask": torch.ones(batch, length, dtype=torch.bool, device=inputs_embeds.device)}
         return {"token_mask": attention_mask[:, -length:].bool()}
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As in transformers, after a check that no row ends in pads.
-
-        Raises:
-            ValueError: A prompt is padded on the right.
-        """
-        if kwargs.get("is_first_iteration") and attention_mask is not None and attention_mask.dim() == 2:
-            right_padded = (attention_mask[:, -1] == 0) & (attention_mask != 0).any(1)
-            if bool(right_padded.any()):
-                raise ValueError(
-                    "attention_mask: generate reads the last column, but row "
-                    f"{int(right_padded.nonzero()[0])} ends in pads; use left padding (padding_side='left')"
-                )
-        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)

@@ -8,7 +8,6 @@ Differs: sinks keep their original positions, so nothing is rotated again when t
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,6 +78,12 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+class _BackendName:
+    """What flash attention reads from its module's config; a class of its own because Dynamo can trace it."""
+
+    _attn_implementation = "sdpa"
+
+
 class AttentionProduct(nn.Module):
     """Queries against keys, through the backend that the model was told to use.
 
@@ -89,13 +94,14 @@ class AttentionProduct(nn.Module):
         super().__init__()
         self.num_key_value_groups, self.scaling = num_key_value_groups, scaling
         self.is_causal = True
-        self.config = SimpleNamespace(_attn_implementation="sdpa")  # flash attention reads the name from its module
+        self.config = _BackendName()
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, implementation: str, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return `[B, T, H, K]`, and the weights where the backend has them."""
-        self.config._attn_implementation = implementation
+        if self.config._attn_implementation != implementation:
+            self.config._attn_implementation = implementation
         function = eager_attention
         if implementation != "eager":
             function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)

@@ -79,6 +79,10 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         learns = self.training and self.model.moe_layers
+        if past_key_values is not None and getattr(past_key_values, "recording", False):
+            # assisted decoding keeps the logits of its drafts, and may take back as many
+            drafts = logits_to_keep if isinstance(logits_to_keep, int) else logits_to_keep.numel()
+            past_key_values.record_window = max(past_key_values.record_window, drafts)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

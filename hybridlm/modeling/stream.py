@@ -43,6 +43,10 @@ class RowState:
         zero = torch.zeros(batch_size, dtype=torch.long, device=device)
         return cls(zero, zero.clone(), zero - 1, zero + UNKNOWN)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is known of each row alone."""
+        return self.num_tokens, self.doc_start, self.last_position, self.last_segment
+
 
 def current_mask(attention_mask: Tensor | dict | None, batch: int, num_tokens: int, num_past: int) -> Tensor | None:
     """The part of the caller's mask that speaks of this call's tokens, `[B, T]`, or `None` when all are real.
@@ -65,14 +69,14 @@ def current_mask(attention_mask: Tensor | dict | None, batch: int, num_tokens: i
             f"attention_mask: expected [batch, tokens], got {attention_mask.dim()} dimensions; masks of pairs of "
             "tokens are not supported, use seq_idx or position_ids for packed documents"
         )
+    if compiling():
+        return attention_mask[:, -num_tokens:].bool()
     if tuple(attention_mask.shape) != (batch, num_past + num_tokens):
         raise ValueError(
             f"attention_mask: expected shape {(batch, num_past + num_tokens)} ({num_past} cached and {num_tokens} new "
             f"tokens), got {tuple(attention_mask.shape)}"
         )
     real = attention_mask[:, num_past:].bool()
-    if compiling():
-        return real
     return None if bool(real.all()) else real
 
 

@@ -1,0 +1,49 @@
+"""Checks of half precision and of long inputs."""
+
+import math
+
+import torch
+
+from .base import Subject
+
+
+def bf16_is_close(subject: Subject) -> float:
+    """In bfloat16 logits are bfloat16, finite, and near the float32 ones, whole and token by token.
+
+    Returns:
+        The root mean square of the difference as a fraction of that of the float32 logits: a near tie between two
+        experts may move single logits far.
+    """
+    wide = Subject(subject.copy_of_model().float(), subject.input_ids)
+    narrow = Subject(subject.copy_of_model().float().bfloat16(), subject.input_ids)
+    assert narrow.reference.dtype == torch.bfloat16, f"bfloat16 weights gave {narrow.reference.dtype} logits"
+    cache = narrow.new_cache()
+    steps = [narrow.forward(ids, cache) for ids in subject.input_ids.split(1, dim=1)]
+    worst = 0.0
+    for logits in (narrow.reference, torch.cat(steps, dim=1)):
+        if not bool(torch.isfinite(logits).all()):
+            return math.inf
+        difference = (logits.float() - wide.reference).square().mean().sqrt()
+        worst = max(worst, float(difference / wide.reference.square().mean().sqrt()))
+    return worst
+
+
+def recurrent_states_are_wide(subject: Subject) -> float:
+    """In a bfloat16 model recurrent states are float32."""
+    narrow = Subject(subject.copy_of_model().float().bfloat16(), subject.input_ids)
+    cache = narrow.new_cache()
+    narrow.forward(subject.input_ids, cache)
+    for number, layer in enumerate(cache.layers):
+        state = getattr(layer, "recurrent_states", None)
+        assert state is None or state.dtype == torch.float32, f"layer {number}: recurrent state is {state.dtype}"
+    return 0.0
+
+
+def long_input(subject: Subject, num_tokens: int = 16384, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Long inputs give no inf and no NaN, whole and when decoding goes on after them."""
+    model = subject.copy_of_model().float().to(dtype)
+    long = Subject(model, batch_size=1, num_tokens=num_tokens, seed=subject.seed)
+    cache = long.new_cache()
+    logits = [long.forward(long.input_ids, cache)]
+    logits += [long.forward(long.input_ids[:, t : t + 1], cache) for t in range(4)]
+    return 0.0 if all(bool(torch.isfinite(part).all()) for part in logits) else math.inf

@@ -62,15 +62,14 @@ class Experts(nn.Module):
         return self._choose(hidden_states, indices)(hidden_states, indices, weights).to(hidden_states.dtype)
 
     def _choose(self, hidden_states: Tensor, indices: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        if self._use_grouped(hidden_states):
+        if self._use_grouped(hidden_states, indices):
             return self._apply_grouped
         if torch.compiler.is_compiling():
             # a graph cannot branch on counts: read the weights of the few chosen, or run every expert on every token
             return self._apply_gathered if indices.numel() <= self.num_experts else self._apply_dense
         return self._apply_single if hidden_states.shape[0] == 1 else self._apply_loop
 
-    def _use_grouped(self, hidden_states: Tensor) -> bool:
-        """Whether to call `grouped_mm`; on a CPU it is a loop too, and slower than ours."""
+    def _use_grouped(self, hidden_states: Tensor, indices: Tensor) -> bool:
         if self.implementation == "loop":
             return False
         problem = _grouped_problem(hidden_states, self.gate_up_proj, self.down_proj)
@@ -78,7 +77,9 @@ class Experts(nn.Module):
             if problem is not None:
                 raise ValueError(f"implementation='grouped' {problem}; use 'auto' or 'loop'")
             return True
-        return problem is None and hidden_states.device.type != "cpu"
+        # on a CPU `grouped_mm` is a loop too: it saves calls, which counts as long as an expert has few tokens
+        few = hidden_states.shape[0] > 1 and indices.numel() <= 64 * self.num_experts
+        return problem is None and (few or hidden_states.device.type != "cpu")
 
     def _feed_forward(self, hidden_states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         gate, up = nn.functional.linear(hidden_states, gate_up).chunk(2, dim=-1)
@@ -169,6 +170,9 @@ def _grouped_problem(hidden_states: Tensor, *weights: Tensor) -> str | None:
         return f"cannot be compiled in {dtype}"
     if any(weight.shape[-1] * dtype.itemsize % 16 for weight in weights):
         return "needs hidden and intermediate sizes of a multiple of 16 bytes"
+    on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and any(weight.data_ptr() % 16 for weight in weights):
+        return "needs weights aligned to 16 bytes"  # those of a memory-mapped file may not be
     return None
 
 

@@ -23,6 +23,14 @@ def check_name(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{option}: unknown {value!r}, expected one of {list(allowed)}")
 
 
+def _linear_without_autocast(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    device_type = hidden_states.device.type
+    if not torch.is_autocast_enabled(device_type):  # entering the context costs more than the product of one token
+        return nn.functional.linear(hidden_states, weight)
+    with torch.autocast(device_type, enabled=False):
+        return nn.functional.linear(hidden_states, weight)
+
+
 class Router(Float32Islands):
     """Choose k of E experts for every token and weigh them.
 
@@ -135,8 +143,7 @@ class Router(Float32Islands):
             Logits `[..., E]` and gates `[..., k]`, both float32 or float64, and the chosen experts `[..., k]`.
         """
         wide = state_dtype(hidden_states.dtype)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            router_logits = nn.functional.linear(hidden_states.to(wide), self.weight.to(wide))
+        router_logits = _linear_without_autocast(hidden_states.to(wide), self.weight.to(wide))
         scores = self.scores(router_logits)
         if self.selection_bias is None and self.num_groups == self.top_k_groups:
             weights, indices = scores.topk(self.top_k, dim=-1)  # the same choice as `select`

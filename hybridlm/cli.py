@@ -6,7 +6,6 @@ are imported by the commands that need them, so that `hybridlm list` answers at 
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import sys
@@ -109,21 +108,17 @@ def _figures(row: Any) -> tuple[str, ...]:
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(help="A run file (YAML), or the name of one that comes with the package.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Replace settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="path=value, replaces a setting.")] = None,
 ) -> None:
     """Train or fine-tune from a run file; the exit code is 1 when a demand of the file is not met."""
-    from .training import CheckpointError, summarize
-    from .training import run as run_training
+    from .training import CheckpointError
+    from .training import train as run_training
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        results = run_training(run, resume=resume, overrides=settings)
+        run_training(run, settings or (), resume=resume)
     except CheckpointError as error:
         raise OSError(str(error)) from error
-    if results:  # only the first of several processes has them
-        typer.echo(summarize(results))
-        raise typer.Exit(1 if results["failures"] else 0)
 
 
 @app.command("import")

@@ -4,6 +4,7 @@ The files live once, in the repository. A wheel carries them as `hybridlm/_data/
 uses the repository's own folders. `data_path` is the only place that knows.
 """
 
+import contextlib
 import difflib
 import json
 from pathlib import Path
@@ -113,11 +114,11 @@ def resolved_text(path: str | Path) -> str:
 
 
 def _named(folder: str, name: str, suffix: str, what: str) -> Path:
-    directory = data_path(*folder.split("/"))
     wanted = name.removesuffix(suffix).replace("-", "_")
-    path = directory / f"{wanted}{suffix}"
-    if "/" not in wanted and path.is_file():
-        return path
-    names = sorted(path.stem for path in directory.glob(f"*{suffix}"))
-    near = difflib.get_close_matches(wanted, names, n=3) or names
+    paths = {}
+    with contextlib.suppress(FileNotFoundError):  # no such folder: nothing of that name either
+        paths = {path.stem: path for path in sorted(data_path(*folder.split("/")).glob(f"*{suffix}"))}
+    if wanted in paths:
+        return paths[wanted]
+    near = difflib.get_close_matches(wanted, paths, n=3) or list(paths)
     raise FileNotFoundError(f"{name}: no such {what}, file or folder; did you mean one of {near}?")

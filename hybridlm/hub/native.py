@@ -19,12 +19,13 @@ from transformers.utils import logging
 
 from ..modeling.configuration_hybridlm import HybridLMConfig
 from ..modeling.modeling_hybridlm import HybridLMForCausalLM
-from ..modeling.precision import Float32Islands
 from ..modeling.registry import resolve_config
 from ..modeling.remote_code import auto_map, ship_code
-from .native_config import LEGACY_ROPE, differences, layout_of, native_class, to_hybrid, to_native
-from .native_families import FAMILIES, Family, Options
-from .native_tensors import Checkpoint, Output, native_pieces, num_bytes, piece_shape, read_json, write_shards
+from .native_config import LEGACY_ROPE, differences, native_class, to_hybrid, to_native
+from .native_families import FAMILIES
+from .native_plan import EMBEDDING, export_plan, import_plan, native_embedding, spelled
+from .native_tables import Family, Options
+from .native_tensors import Checkpoint, read_json, write_shards
 
 logger = logging.get_logger(__name__)
 
@@ -65,9 +66,8 @@ def import_native(src: str | PathLike, out: str | PathLike, *, max_shard_bytes: 
         raise ValueError(f"{src / 'config.json'}: {error}") from error
     record: Options = {"model_type": family.model_type, "config": raw}
     with Checkpoint(src) as checkpoint, _whole_folder(src, out) as temporary:
-        outputs, narrow = _import_plan(family, config, model, checkpoint)
-        if narrow:
-            record["narrow_dtypes"] = narrow
+        outputs, narrow = import_plan(family, config, model, checkpoint)
+        record |= {"dtype": spelled(checkpoint.dtype(native_embedding(family))), "narrow_dtypes": narrow}
         write_shards(temporary, outputs, max_shard_bytes)
         config.extra = {**config.extra, "native": record}
         _copy_companions(src, temporary)
@@ -119,8 +119,10 @@ def export_native(
     chosen, native = _equal_family(config, family)
     record = config.extra.get("native", {})
     with Checkpoint(src) as checkpoint, _whole_folder(src, out) as temporary:
-        narrow = record.get("narrow_dtypes", {})
-        write_shards(temporary, _export_plan(chosen, config, model, checkpoint, narrow), max_shard_bytes)
+        # widened as a whole since the import: the islands are no exception any more
+        same = EMBEDDING in checkpoint.names() and spelled(checkpoint.dtype(EMBEDDING)) == record.get("dtype")
+        narrow = record.get("narrow_dtypes", {}) if same else {}
+        write_shards(temporary, export_plan(chosen, config, model, checkpoint, narrow), max_shard_bytes)
         _copy_companions(src, temporary)
         native.to_json_file(temporary / "config.json")
     return Path(out)
@@ -176,7 +178,7 @@ def _resolved(family: Family, native: PreTrainedConfig) -> Options:
 def _native_options(family: Family, config: HybridLMConfig) -> Options:
     """The native options of our config: those it was imported with, where it still says the same, else new ones."""
     options = to_native(family, config.to_dict())
-    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
+    dtype = None if config.dtype is None else spelled(config.dtype)
     record = config.extra.get("native", {})
     if record.get("model_type") != family.model_type:
         options |= {"model_type": family.model_type, "architectures": [family.architecture]}
@@ -188,7 +190,7 @@ def _native_options(family: Family, config: HybridLMConfig) -> Options:
     if "rope_parameters" in changed:
         for key in LEGACY_ROPE:
             imported.pop(key, None)
-    if dtype and str(native.dtype).removeprefix("torch.") != dtype:
+    if dtype and dtype != spelled(native.dtype or record["dtype"]):
         imported.pop("torch_dtype", None)
         changed["dtype"] = dtype
     return imported | changed
@@ -197,127 +199,27 @@ def _native_options(family: Family, config: HybridLMConfig) -> Options:
 def _equal_family(config: HybridLMConfig, wanted: str | None) -> tuple[Family, PreTrainedConfig]:
     recorded = config.extra.get("native", {}).get("model_type")
     names = [wanted] if wanted else sorted(FAMILIES, key=lambda name: name != recorded)
-    closest: tuple[str, list[str]] | None = None
+    reasons: dict[str, list[str]] = {}
+    invalid: dict[str, list[str]] = {}
     for name in names:
         family = FAMILIES[name]
         try:
             native = _native_config(family, _native_options(family, config))
             blocking, harmless = differences(config.to_dict(), _resolved(family, native), name)
         except ValueError as error:
-            blocking = [str(error)]
+            invalid[name] = [str(error)]
+            continue
         if not blocking:
             for sentence in harmless:
                 logger.warning(f"export as {name} leaves out: {sentence}")
             return family, native
-        if closest is None or len(blocking) < len(closest[1]):
-            closest = name, blocking
-    assert closest is not None
+        reasons[name] = blocking
+    reasons = reasons or invalid
+    nearest = min(reasons, key=lambda name: len(reasons[name]))
     opening = (
-        f"config does not equal {wanted}" if wanted else f"config equals no native family; the nearest is {closest[0]}"
+        f"config does not equal {wanted}" if wanted else f"config equals no native family; the nearest is {nearest}"
     )
-    raise ValueError(f"{opening}: {'; '.join(closest[1])}")
-
-
-# --- tensors ----------------------------------------------------------------------------------------------------------
-
-
-def _expected(config: HybridLMConfig, model: HybridLMForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Our tensors on disk, in the order of the model."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
-
-
-def _islands(model: HybridLMForCausalLM) -> set[str]:
-    """Names of the tensors that stay float32 in a narrower model."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, Float32Islands)
-        for name in module.float32_names
-    }
-
-
-def _import_plan(
-    family: Family, config: HybridLMConfig, model: HybridLMForCausalLM, checkpoint: Checkpoint
-) -> tuple[list[Output], dict[str, str]]:
-    """What to write, and the native types of the float32 islands that were narrower."""
-    layout, islands = layout_of(config.to_dict()), _islands(model)
-    outputs: list[Output] = []
-    narrow: dict[str, str] = {}
-    used: set[str] = set()
-    for name, shape in _expected(config, model).items():
-        pieces = native_pieces(family, layout, name, shape)
-        for piece in pieces:
-            _check_tensor(checkpoint, piece.name, piece_shape(shape, piece.index))
-        used.update(piece.name for piece in pieces)
-        dtypes = {checkpoint.dtype(piece.name) for piece in pieces}
-        if len(dtypes) > 1:
-            raise ValueError(f"{checkpoint.folder}: experts of {name} differ in type: {sorted(map(str, dtypes))}")
-        dtype = native_dtype = dtypes.pop()
-        if name in islands and dtype.itemsize < 4:
-            dtype = torch.float32
-            narrow[name] = str(native_dtype).removeprefix("torch.")
-
-        def make(pieces=pieces, shape=shape, dtype=dtype) -> torch.Tensor:
-            if not pieces[0].index:
-                return checkpoint.read(pieces[0].name).to(dtype)
-            tensor = torch.empty(shape, dtype=dtype)
-            for piece in pieces:
-                tensor[piece.index] = checkpoint.read(piece.name)
-            return tensor
-
-        outputs.append(Output(name, num_bytes(shape, dtype), make))
-    _check_surplus(checkpoint, used, tied_to=native_pieces(family, layout, "model.embed_tokens.weight", ())[0].name)
-    present = islands & set(_expected(config, model))
-    if set(narrow) == present and len(set(narrow.values())) == 1:
-        narrow = {"*": narrow.popitem()[1]}  # one entry for all islands
-    return outputs, narrow
-
-
-def _export_plan(
-    family: Family,
-    config: HybridLMConfig,
-    model: HybridLMForCausalLM,
-    checkpoint: Checkpoint,
-    narrow: dict[str, str],
-) -> list[Output]:
-    layout, expected, islands = layout_of(config.to_dict()), _expected(config, model), _islands(model)
-    outputs = []
-    for name, shape in expected.items():
-        _check_tensor(checkpoint, name, shape)
-        dtype = checkpoint.dtype(name)
-        if name in islands and dtype == torch.float32 and (spelled := narrow.get(name, narrow.get("*"))):
-            dtype = getattr(torch, spelled)
-        for piece in native_pieces(family, layout, name, shape):
-
-            def make(name=name, index=piece.index, dtype=dtype) -> torch.Tensor:
-                return checkpoint.read(name, index).to(dtype)
-
-            outputs.append(Output(piece.name, num_bytes(piece_shape(shape, piece.index), dtype), make))
-    _check_surplus(checkpoint, set(expected), tied_to="model.embed_tokens.weight")
-    return outputs
-
-
-def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    if name not in checkpoint.names():
-        raise ValueError(f"{checkpoint.folder}: tensor {name} is missing")
-    if checkpoint.shape(name) != shape:
-        found = list(checkpoint.shape(name))
-        raise ValueError(f"{checkpoint.where(name)}: {name} has shape {found}, config.json asks for {list(shape)}")
-
-
-def _check_surplus(checkpoint: Checkpoint, used: set[str], tied_to: str) -> None:
-    for name in sorted(checkpoint.names() - used):
-        # older versions of transformers stored what follows from other things in the folder
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name == "lm_head.weight":
-            if torch.equal(checkpoint.read(name), checkpoint.read(tied_to)):
-                continue
-            raise ValueError(f"{checkpoint.where(name)}: {name} differs from {tied_to}, to which config.json ties it")
-        raise ValueError(f"{checkpoint.where(name)}: tensor {name} is unknown to this config")
+    raise ValueError(f"{opening}: {'; '.join(reasons[nearest])}")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..modeling.configuration_hybridlm import HybridLMConfig
-from .native_families import Family, Layout, Options, gated_width
+from .native_tables import Family, Layout, Options, gated_width
 
 PARTS = ("mixer", "channel_mixer")
 SECTIONS = ("norm", "residual")
-# these change neither weights nor logits: initialisation, speed, regularisation and losses
+# these change speed, or nothing while the part they belong to is off
+SILENT = {"chunk_size", "implementation", "bias_update_rate"}
+# these change neither weights nor logits: initialisation, regularisation and losses
 HARMLESS = {
-    *("initializer_range", "dt_min", "dt_max", "dt_init_floor", "chunk_size", "implementation", "bias_update_rate"),
+    *("initializer_range", "dt_min", "dt_max", "dt_init_floor", "a_min", "a_max"),
     *("dropout", "embedding_dropout", "load_balancing_coef", "z_loss_coef", "loss_scope", "output_router_logits"),
     *("max_position_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
 }
@@ -94,17 +96,30 @@ def differences(ours: Options, native: Options, family: str) -> tuple[list[str],
     Returns:
         Sentences about what changes weights or logits, and about what changes neither. Each names the config path.
     """
+    flat = set(HybridLMConfig.__annotations__) - {"layer_specs", "layer_layout", "extra", *SECTIONS}
+    found = list(_unequal(*({key: config[key] for key in sorted(flat)} for config in (ours, native)), ""))
+    found += _unequal(ours["residual"], native["residual"], "residual")
+    found += _unequal(_norm(ours), _norm(native), "norm")
+    elsewhere: dict[tuple[str, Any, Any], list[str]] = {}
+    for depth, (name, other) in enumerate(zip(ours["layer_layout"], native["layer_layout"], strict=True)):
+        recipe, expected = ours["layer_specs"][name], native["layer_specs"][other]
+        for kind in PARTS:
+            part, wanted = recipe.get(kind) or {}, expected.get(kind) or {}
+            if part.get("name") != wanted.get("name"):
+                place = (f" ({name!r}).{kind}", part.get("name"), wanted.get("name"))
+                elsewhere.setdefault(place, []).append(str(depth))
+            else:
+                found += _part_differences(part, ours, wanted, native, f"layer_specs.{name}.{kind}")
+        if recipe.get("norm"):
+            found += _unequal(_norm(ours, recipe), _norm(native, expected), f"layer_specs.{name}.norm")
+    found += [(f"layer_layout.{','.join(depths)}{path}", *values) for (path, *values), depths in elsewhere.items()]
     blocking: dict[str, str] = {}
     harmless: dict[str, str] = {}
-    flat = set(HybridLMConfig.__annotations__) - {"layer_specs", "layer_layout", "extra", *SECTIONS}
-    pairs = list(_unequal(*({key: config[key] for key in sorted(flat)} for config in (ours, native)), ""))
-    pairs += _unequal(ours["residual"], native["residual"], "residual")
-    pairs += _unequal(_norm(ours), _norm(native), "norm")
-    for depth, (name, other) in enumerate(zip(ours["layer_layout"], native["layer_layout"], strict=True)):
-        pairs += _recipe_differences(depth, name, ours, other, native)
-    for path, value, expected in pairs:
-        target = harmless if path.rpartition(".")[2] in HARMLESS else blocking
-        target.setdefault(path, f"{path} is {value!r}, {family} has {expected!r}")
+    for path, value, expected in found:
+        option = path.rpartition(".")[2]
+        if option not in SILENT:
+            target = harmless if option in HARMLESS else blocking
+            target.setdefault(path, f"{path} is {value!r}, {family} has {expected!r}")
     return list(blocking.values()), list(harmless.values())
 
 
@@ -112,23 +127,13 @@ def _norm(config: Options, recipe: Mapping[str, Any] | None = None) -> Options:
     return {**((recipe or {}).get("norm") or config["norm"])}
 
 
-def _recipe_differences(
-    depth: int, name: str, ours: Options, other: str, native: Options
+def _part_differences(
+    part: Options, ours: Options, wanted: Options, native: Options, path: str
 ) -> Iterator[tuple[str, Any, Any]]:
-    recipe, expected = ours["layer_specs"][name], native["layer_specs"][other]
-    path = f"layer_specs.{name}"
-    for kind in PARTS:
-        part, wanted = recipe.get(kind) or {}, expected.get(kind) or {}
-        if part.get("name") != wanted.get("name"):
-            yield f"layer_layout.{depth} ({name!r}).{kind}", part.get("name"), wanted.get("name")
-        else:
-            part, wanted = _canonical(part, ours), _canonical(wanted, native)
-            # an option that is idle on one side differs through the option that wakes it
-            shared = [key for key in part if key in wanted]
-            both = ({key: side[key] for key in shared} for side in (part, wanted))
-            yield from _unequal(*both, f"{path}.{kind}")
-    if recipe.get("norm"):
-        yield from _unequal(_norm(ours, recipe), _norm(native, expected), f"{path}.norm")
+    part, wanted = _canonical(part, ours), _canonical(wanted, native)
+    # an option that is idle on one side differs through the option that wakes it
+    shared = [key for key in part if key in wanted]
+    yield from _unequal(*({key: side[key] for key in shared} for side in (part, wanted)), path)
 
 
 def _unequal(ours: Mapping[str, Any], native: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -136,6 +141,8 @@ def _unequal(ours: Mapping[str, Any], native: Mapping[str, Any], path: str) -> I
         value, expected = ours.get(key), native.get(key)
         name = f"{path}.{key}" if path else key
         if isinstance(value, Mapping) and isinstance(expected, Mapping):
+            if value.get("name") != expected.get("name"):  # two parts; their options cannot be compared
+                value, expected = {"name": value.get("name")}, {"name": expected.get("name")}
             yield from _unequal(value, expected, name)
         elif value != expected:
             yield name, value, expected

@@ -1,300 +1,44 @@
-"""What each native family calls our options: one table per family, read in both directions.
+"""The seven native families: what each calls our options, in one table that is read in both directions.
 
-A family is a list of `Pair`s, options that the family fixes, and its layer layout. `native_config.py` walks the table
-from left to right to import a config and from right to left to export one.
+A family is a list of `Pair`s, options that it fixes, and its layer layout. `native_config.py` walks the table from left
+to right to import a config and from right to left to export one.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-Options = dict[str, Any]
-Layout = list[tuple[str, str | None]]
-"""Per layer: the name of its mixer and of its channel mixer."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One native option and the places it fills in ours.
-
-    Args:
-        native: Name of the native option.
-        ours: Paths such as `"hidden_size"`, `"norm.eps"` or `"mamba.bias"` (part name, option).
-        read: The value for our paths, from the native config object; a tuple has one value for each path.
-        write: The native value, from our value (of the first path), the options of its part and the whole config.
-    """
-
-    native: str
-    ours: tuple[str, ...]
-    read: Callable[[Any], Any] | None = None
-    write: Callable[[Any, Options, Options], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """A native family: `model_type`, its causal LM class, its options, its layers and its tensor names.
-
-    Args:
-        layout: Mixer and channel mixer of every layer, from the native config object.
-        layout_options: The native options that give such a layout, or the nearest one there is.
-        pairs: Options with a counterpart.
-        fixed: Our paths whose value the family cannot change.
-        refused: Native options without a counterpart here, with the values at which they do nothing.
-        modules: Our module names -> native ones; `{part}` keys stand inside a layer.
-    """
-
-    model_type: str
-    architecture: str
-    layout: Callable[[Any], Layout]
-    layout_options: Callable[[Layout], Options]
-    pairs: tuple[Pair, ...]
-    fixed: Mapping[str, Any]
-    modules: Mapping[str, str]
-    refused: Mapping[str, tuple] = field(default_factory=dict)
-
-
-def _same(native: str, *ours: str) -> Pair:
-    return Pair(native, ours or (native,))
-
-
-def _number(native: str, *ours: str) -> Pair:
-    """A float that native configs also write as an int or as null for 0."""
-    return Pair(native, ours, read=lambda config: float(getattr(config, native) or 0))
-
-
-# --- rope -------------------------------------------------------------------------------------------------------------
-
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-
-
-def _read_position(config: Any, partial: bool = False) -> Options:
-    parameters = {key: value for key, value in config.rope_parameters.items() if key != "type"}
-    rope_type, theta = parameters.pop("rope_type", "default"), parameters.pop("rope_theta")
-    factor = parameters.pop("partial_rotary_factor", 1.0)
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"rope_parameters.rope_type={rope_type!r} has no exact counterpart, expected one of {list(ROPE_TYPES)}; "
-            "frequencies that depend on the length give logits that depend on chunking: 'yarn' does not"
-        )
-    if not partial and factor != 1.0:
-        # these families rotate the whole head: the default type overlooks the factor, the others fail on it
-        if rope_type != "default":
-            raise ValueError(f"rope_parameters.partial_rotary_factor={factor} fails in this family, expected 1.0")
-        factor = 1.0
-    scaling = None if rope_type == "default" else {"rope_type": rope_type, **parameters}
-    return {"name": "rope", "theta": float(theta), "partial_rotary_factor": float(factor), "scaling": scaling}
-
-
-def _write_position(partial: bool) -> Callable[[Any, Options, Options], Options]:
-    def write(position: Options, options: Options, config: Options) -> Options:
-        parameters = {"rope_type": "default", **(position.get("scaling") or {}), "rope_theta": position.get("theta")}
-        if partial:
-            parameters["partial_rotary_factor"] = position.get("partial_rotary_factor", 1.0)
-        return {key: value for key, value in parameters.items() if value is not None}
-
-    return write
-
-
-def _rope(partial: bool = False) -> Pair:
-    return Pair(
-        "rope_parameters",
-        ("attention.position",),
-        read=lambda config: _read_position(config, partial),
-        write=_write_position(partial),
-    )
-
-
-# --- options shared by several families -------------------------------------------------------------------------------
-
-TOP = (
-    _same("vocab_size"),
-    _same("hidden_size"),
-    _same("num_hidden_layers"),
-    _same("initializer_range"),
-    _same("tie_word_embeddings"),
-    _same("use_cache"),
-    _same("pad_token_id"),
-    _same("bos_token_id"),
-    _same("eos_token_id"),
+from .native_tables import (
+    ATTENTION,
+    BIAS,
+    HYBRID_MODULES,
+    LENGTH,
+    LIMIT,
+    MAMBA_MODULES,
+    MIXTRAL_MODULES,
+    NO_BIAS,
+    PLAIN,
+    PLAIN_ATTENTION,
+    PLAIN_MAMBA2,
+    PLAIN_MOE,
+    SILU,
+    SWIGLU,
+    TOP,
+    TRANSFORMER_MODULES,
+    WINDOW,
+    Family,
+    Pair,
+    bamba_layout,
+    bamba_layout_options,
+    inner_width,
+    jamba_layout,
+    jamba_layout_options,
+    moe,
+    rope,
+    same,
+    uniform,
+    write_expand,
 )
-LENGTH = _same("max_position_embeddings")
-PLAIN = {
-    "norm.name": "rms",
-    "norm.offset": False,
-    "norm.placement": "pre",
-    "residual.name": "add",
-    "residual.multiplier": 1.0,
-    "embedding_multiplier": 1.0,
-    "logit_multiplier": 1.0,
-}
-
-ATTENTION = (
-    _same("num_attention_heads", "attention.num_heads"),
-    _same("num_key_value_heads", "attention.num_kv_heads"),
-    Pair(
-        "head_dim",
-        ("attention.head_dim",),
-        read=lambda config: getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    ),
-    _number("attention_dropout", "attention.dropout"),
-)
-PLAIN_ATTENTION = {
-    "attention.window": None,
-    "attention.num_sinks": 0,
-    "attention.qk_norm": False,
-    "attention.output_gate": False,
-    "attention.logit_softcap": None,
-    "attention.learned_sinks": False,
-    "attention.scale": None,
-}
-NO_BIAS = {"attention.qkv_bias": False, "attention.out_bias": False}
-BIAS = _same("attention_bias", "attention.qkv_bias", "attention.out_bias")
-WINDOW = _same("sliding_window", "attention.window")
-
-
-def gated_width(width: int | None, config: Options) -> int:
-    """Width of a gated channel mixer; null is the default of ours."""
-    return 64 * -(-8 * config["hidden_size"] // 192) if width is None else width
-
-
-def _width(*ours: str) -> Pair:
-    return Pair("intermediate_size", ours, write=lambda width, options, config: gated_width(width, config))
-
-
-SWIGLU = (_width("swiglu.intermediate_size"), _same("hidden_act", "swiglu.activation"))
-
-
-def _moe(experts: str) -> tuple[Pair, ...]:
-    return (
-        _same(experts, "moe.num_experts"),
-        _same("num_experts_per_tok", "moe.top_k"),
-        _number("router_aux_loss_coef", "moe.load_balancing_coef"),
-        _same("output_router_logits"),
-    )
-
-
-PLAIN_MOE = {
-    "moe.scores": "softmax",
-    "moe.scaling_factor": 1.0,
-    "moe.num_groups": 1,
-    "moe.top_k_groups": 1,
-    "moe.selection_bias": False,
-    "moe.num_shared_experts": 0,
-    "moe.z_loss_coef": 0.0,
-    "moe.loss_scope": "batch",
-}
-
-
-def _write_expand(expand: Any, options: Options, config: Options) -> Any:
-    """The native width is `expand * hidden_size`; ours may be given as `intermediate_size` instead."""
-    width = options.get("intermediate_size")
-    return expand if width is None or width % config["hidden_size"] else width // config["hidden_size"]
-
-
-def _read_limit(config: Any) -> tuple[float, float | None]:
-    low, high = config.time_step_limit if config.time_step_limit is not None else (0.0, float("inf"))
-    return float(low), None if high == float("inf") else float(high)
-
-
-def _write_limit(low: float, options: Options, config: Options) -> list[float]:
-    high = options.get("dt_limit_max")
-    return [low, float("inf") if high is None else high]
-
-
-LIMIT = Pair("time_step_limit", ("mamba2.dt_limit_min", "mamba2.dt_limit_max"), read=_read_limit, write=_write_limit)
-# the native gate is SiLU whatever the activation of the convolution; ours shares one option
-SILU = {"hidden_act": ("silu", "swish")}
-PLAIN_MAMBA2 = {"mamba2.gate_norm": True, "mamba2.norm_before_gate": False}
-
-# --- layouts ----------------------------------------------------------------------------------------------------------
-
-
-def _uniform(mixer: str, channel: str | None) -> tuple[Callable[[Any], Layout], Callable[[Layout], Options]]:
-    return lambda config: [(mixer, channel)] * config.num_hidden_layers, lambda layout: {}
-
-
-def _jamba_layout(config: Any) -> Layout:
-    return [
-        (kind, "moe" if experts > 1 else "swiglu")
-        for kind, experts in zip(config.layers_block_type, config.layers_num_experts, strict=True)
-    ]
-
-
-def _period(chosen: list[bool]) -> tuple[int, int]:
-    """Period and offset that pick the layers in `chosen`, or as nearly as they can."""
-    count = len(chosen)
-    never = (count + 1, count)
-    periods = [(period, offset) for period in range(1, count + 1) for offset in range(period)]
-    return min([*periods, never], key=lambda p: sum((i % p[0] == p[1]) != c for i, c in enumerate(chosen)))
-
-
-def _jamba_layout_options(layout: Layout) -> Options:
-    attention, experts = [mixer == "attention" for mixer, _ in layout], [channel == "moe" for _, channel in layout]
-    attention_period, attention_offset = _period(attention)
-    options = {"attn_layer_period": attention_period, "attn_layer_offset": attention_offset}
-    if not any(experts):
-        return options | {"num_experts": 1}
-    expert_period, expert_offset = _period(experts)
-    return options | {"expert_layer_period": expert_period, "expert_layer_offset": expert_offset}
-
-
-def _bamba_layout(config: Any) -> Layout:
-    attention = set(config.attn_layer_indices or ())
-    return [("attention" if i in attention else "mamba2", "swiglu") for i in range(config.num_hidden_layers)]
-
-
-def _bamba_layout_options(layout: Layout) -> Options:
-    return {"attn_layer_indices": [i for i, (mixer, _) in enumerate(layout) if mixer == "attention"] or None}
-
-
-# --- tensor names -----------------------------------------------------------------------------------------------------
-
-TRANSFORMER_MODULES = {
-    "model.embed_tokens": "model.embed_tokens",
-    "model.norm": "model.norm",
-    "model.layers": "model.layers",
-    "mixer_norm": "input_layernorm",
-    "channel_norm": "post_attention_layernorm",
-    "attention": "self_attn",
-    "swiglu": "mlp",
-}
-HYBRID_MODULES = TRANSFORMER_MODULES | {
-    "model.norm": "model.final_layernorm",
-    "channel_norm": "pre_ff_layernorm",
-    "swiglu": "feed_forward",
-    "moe": "feed_forward",
-    "mamba": "mamba",
-    "mamba2": "mamba",
-    "mamba.dt_bias": "dt_proj.bias",
-    "mamba.dt_norm": "dt_layernorm",
-    "mamba.b_norm": "b_layernorm",
-    "mamba.c_norm": "c_layernorm",
-    "moe.gate": "gate_proj",
-    "moe.up": "up_proj",
-    "moe.down": "down_proj",
-}
-MAMBA_MODULES = {
-    "model.embed_tokens": "backbone.embeddings",
-    "model.norm": "backbone.norm_f",
-    "model.layers": "backbone.layers",
-    "mixer_norm": "norm",
-    "mamba": "mixer",
-    "mamba2": "mixer",
-    "mamba.dt_bias": "dt_proj.bias",
-}
-MIXTRAL_MODULES = TRANSFORMER_MODULES | {
-    "moe": "block_sparse_moe",
-    "moe.router": "gate",
-    "moe.gate": "w1",
-    "moe.up": "w3",
-    "moe.down": "w2",
-}
-
-# --- the seven --------------------------------------------------------------------------------------------------------
 
 
 def _families() -> dict[str, Family]:
-    transformer = _uniform("attention", "swiglu")
+    transformer = uniform("attention", "swiglu")
     families = (
         Family(
             "llama",
@@ -303,12 +47,12 @@ def _families() -> dict[str, Family]:
             pairs=(
                 *TOP,
                 LENGTH,
-                _same("rms_norm_eps", "norm.eps"),
+                same("rms_norm_eps", "norm.eps"),
                 *ATTENTION,
                 BIAS,
-                _rope(),
+                rope(),
                 *SWIGLU,
-                _same("mlp_bias", "swiglu.bias"),
+                same("mlp_bias", "swiglu.bias"),
             ),
             fixed=PLAIN | PLAIN_ATTENTION,
             modules=TRANSFORMER_MODULES,
@@ -317,24 +61,24 @@ def _families() -> dict[str, Family]:
             "mistral",
             "MistralForCausalLM",
             *transformer,
-            pairs=(*TOP, LENGTH, _same("rms_norm_eps", "norm.eps"), *ATTENTION, WINDOW, _rope(), *SWIGLU),
+            pairs=(*TOP, LENGTH, same("rms_norm_eps", "norm.eps"), *ATTENTION, WINDOW, rope(), *SWIGLU),
             fixed=PLAIN | PLAIN_ATTENTION | NO_BIAS | {"swiglu.bias": False},
             modules=TRANSFORMER_MODULES,
         ),
         Family(
             "mixtral",
             "MixtralForCausalLM",
-            *_uniform("attention", "moe"),
+            *uniform("attention", "moe"),
             pairs=(
                 *TOP,
                 LENGTH,
-                _same("rms_norm_eps", "norm.eps"),
+                same("rms_norm_eps", "norm.eps"),
                 *ATTENTION,
                 WINDOW,
-                _rope(),
-                _width("moe.intermediate_size"),
-                _same("hidden_act", "moe.activation"),
-                *_moe("num_local_experts"),
+                rope(),
+                inner_width("moe.intermediate_size"),
+                same("hidden_act", "moe.activation"),
+                *moe("num_local_experts"),
             ),
             fixed=PLAIN | PLAIN_ATTENTION | NO_BIAS | PLAIN_MOE | {"moe.renormalize": True},
             refused={"router_jitter_noise": (0, None)},
@@ -352,22 +96,22 @@ def _jamba() -> Family:
     return Family(
         "jamba",
         "JambaForCausalLM",
-        _jamba_layout,
-        _jamba_layout_options,
+        jamba_layout,
+        jamba_layout_options,
         pairs=(
             *TOP,
             LENGTH,
-            _same("rms_norm_eps", "norm.eps", "mamba.norm_eps"),
+            same("rms_norm_eps", "norm.eps", "mamba.norm_eps"),
             *ATTENTION,
-            _width("swiglu.intermediate_size", "moe.intermediate_size"),
-            _same("hidden_act", "swiglu.activation", "moe.activation", "mamba.activation"),
-            *_moe("num_experts"),
-            _same("mamba_d_state", "mamba.state_size"),
-            _same("mamba_d_conv", "mamba.conv_kernel"),
-            Pair("mamba_expand", ("mamba.expand",), write=_write_expand),
-            _same("mamba_dt_rank", "mamba.dt_rank"),
-            _same("mamba_conv_bias", "mamba.conv_bias"),
-            _same("mamba_proj_bias", "mamba.bias"),
+            inner_width("swiglu.intermediate_size", "moe.intermediate_size"),
+            same("hidden_act", "swiglu.activation", "moe.activation", "mamba.activation"),
+            *moe("num_experts"),
+            same("mamba_d_state", "mamba.state_size"),
+            same("mamba_d_conv", "mamba.conv_kernel"),
+            Pair("mamba_expand", ("mamba.expand",), write=write_expand),
+            same("mamba_dt_rank", "mamba.dt_rank"),
+            same("mamba_conv_bias", "mamba.conv_bias"),
+            same("mamba_proj_bias", "mamba.bias"),
         ),
         refused=SILU,
         fixed=PLAIN
@@ -388,20 +132,20 @@ def _mamba() -> Family:
     return Family(
         "mamba",
         "MambaForCausalLM",
-        *_uniform("mamba", None),
+        *uniform("mamba", None),
         pairs=(
             *TOP,
-            _same("layer_norm_epsilon", "norm.eps"),
-            _same("state_size", "mamba.state_size"),
-            _same("conv_kernel", "mamba.conv_kernel"),
-            Pair("expand", ("mamba.expand",), write=_write_expand),
-            _same("time_step_rank", "mamba.dt_rank"),
-            _same("use_conv_bias", "mamba.conv_bias"),
-            _same("use_bias", "mamba.bias"),
-            _same("hidden_act", "mamba.activation"),
-            _same("time_step_min", "mamba.dt_min"),
-            _same("time_step_max", "mamba.dt_max"),
-            _same("time_step_floor", "mamba.dt_init_floor"),
+            same("layer_norm_epsilon", "norm.eps"),
+            same("state_size", "mamba.state_size"),
+            same("conv_kernel", "mamba.conv_kernel"),
+            Pair("expand", ("mamba.expand",), write=write_expand),
+            same("time_step_rank", "mamba.dt_rank"),
+            same("use_conv_bias", "mamba.conv_bias"),
+            same("use_bias", "mamba.bias"),
+            same("hidden_act", "mamba.activation"),
+            same("time_step_min", "mamba.dt_min"),
+            same("time_step_max", "mamba.dt_max"),
+            same("time_step_floor", "mamba.dt_init_floor"),
         ),
         fixed=PLAIN | {"mamba.inner_norms": False},
         refused=SILU,
@@ -413,22 +157,22 @@ def _mamba2() -> Family:
     return Family(
         "mamba2",
         "Mamba2ForCausalLM",
-        *_uniform("mamba2", None),
+        *uniform("mamba2", None),
         pairs=(
             *TOP,
-            _same("layer_norm_epsilon", "norm.eps", "mamba2.norm_eps"),
-            _same("state_size", "mamba2.state_size"),
-            _same("head_dim", "mamba2.head_dim"),
-            _same("num_heads", "mamba2.num_heads"),
-            _same("expand", "mamba2.expand"),
-            _same("n_groups", "mamba2.num_groups"),
-            _same("conv_kernel", "mamba2.conv_kernel"),
-            _same("use_conv_bias", "mamba2.conv_bias"),
-            _same("use_bias", "mamba2.bias"),
-            _same("hidden_act", "mamba2.activation"),
-            _same("time_step_min", "mamba2.dt_min"),
-            _same("time_step_max", "mamba2.dt_max"),
-            _same("time_step_floor", "mamba2.dt_init_floor"),
+            same("layer_norm_epsilon", "norm.eps", "mamba2.norm_eps"),
+            same("state_size", "mamba2.state_size"),
+            same("head_dim", "mamba2.head_dim"),
+            same("num_heads", "mamba2.num_heads"),
+            same("expand", "mamba2.expand"),
+            same("n_groups", "mamba2.num_groups"),
+            same("conv_kernel", "mamba2.conv_kernel"),
+            same("use_conv_bias", "mamba2.conv_bias"),
+            same("use_bias", "mamba2.bias"),
+            same("hidden_act", "mamba2.activation"),
+            same("time_step_min", "mamba2.dt_min"),
+            same("time_step_max", "mamba2.dt_max"),
+            same("time_step_floor", "mamba2.dt_init_floor"),
             LIMIT,
         ),
         fixed=PLAIN | PLAIN_MAMBA2,
@@ -441,26 +185,26 @@ def _bamba() -> Family:
     return Family(
         "bamba",
         "BambaForCausalLM",
-        _bamba_layout,
-        _bamba_layout_options,
+        bamba_layout,
+        bamba_layout_options,
         pairs=(
             *TOP,
             LENGTH,
-            _same("rms_norm_eps", "norm.eps", "mamba2.norm_eps"),
+            same("rms_norm_eps", "norm.eps", "mamba2.norm_eps"),
             *ATTENTION,
             BIAS,
-            _rope(partial=True),
-            _width("swiglu.intermediate_size"),
-            _same("hidden_act", "swiglu.activation", "mamba2.activation"),
-            _same("mlp_bias", "swiglu.bias"),
-            _same("mamba_d_state", "mamba2.state_size"),
-            _same("mamba_d_head", "mamba2.head_dim"),
-            _same("mamba_n_heads", "mamba2.num_heads"),
-            _same("mamba_expand", "mamba2.expand"),
-            _same("mamba_n_groups", "mamba2.num_groups"),
-            _same("mamba_d_conv", "mamba2.conv_kernel"),
-            _same("mamba_conv_bias", "mamba2.conv_bias"),
-            _same("mamba_proj_bias", "mamba2.bias"),
+            rope(partial=True),
+            inner_width("swiglu.intermediate_size"),
+            same("hidden_act", "swiglu.activation", "mamba2.activation"),
+            same("mlp_bias", "swiglu.bias"),
+            same("mamba_d_state", "mamba2.state_size"),
+            same("mamba_d_head", "mamba2.head_dim"),
+            same("mamba_n_heads", "mamba2.num_heads"),
+            same("mamba_expand", "mamba2.expand"),
+            same("mamba_n_groups", "mamba2.num_groups"),
+            same("mamba_d_conv", "mamba2.conv_kernel"),
+            same("mamba_conv_bias", "mamba2.conv_bias"),
+            same("mamba_proj_bias", "mamba2.bias"),
             LIMIT,
         ),
         fixed=PLAIN | PLAIN_ATTENTION | PLAIN_MAMBA2,

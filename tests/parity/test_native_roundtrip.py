@@ -78,6 +78,27 @@ def test_single_tensors_keep_their_own_type(tmp_path):
     assert_same_checkpoint(tmp_path / "back", tmp_path / "native")
 
 
+def test_what_was_widened_after_the_import_stays_wide(tmp_path):
+    TWINS["mamba2"].build(torch.bfloat16).save_pretrained(tmp_path / "native")
+    import_native(tmp_path / "native", tmp_path / "ours")
+    HybridLMForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    export_native(tmp_path / "saved", tmp_path / "back")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "back").values()} == {torch.float32}
+    assert AutoConfig.from_pretrained(tmp_path / "back").dtype == torch.float32
+
+
+def test_a_config_without_dtype_comes_back_without(tmp_path):
+    folder = tmp_path / "native"
+    TWINS["mamba2"].build(torch.bfloat16).save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["dtype"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    import_native(folder, tmp_path / "ours")
+    HybridLMForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto").save_pretrained(tmp_path / "saved")
+    export_native(tmp_path / "saved", tmp_path / "back")
+    assert_same_checkpoint(tmp_path / "back", folder)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_native_class_loads_an_exported_folder_completely(family, tmp_path):
     native = TWINS[family].build()

@@ -30,6 +30,8 @@ class RecordedCall:
     sequence: SequenceInfo
     offset: int  # compacted tokens of the call that lie before `sequence`
     before: RowState
+    positions: Tensor  # of the whole call, as is `seq_idx`
+    seq_idx: Tensor | None
 
 
 class HybridCache(Cache):
@@ -61,6 +63,7 @@ class HybridCache(Cache):
         self.rows: RowState | None = None
         self.device = torch.device("cpu")
         self.recording = False
+        self.drafting = False  # in assisted decoding, whose first call comes with the whole text
         self.calls: list[RecordedCall] = []
         self.num_marked = 0
         self._batch_size = batch_size
@@ -175,7 +178,8 @@ class HybridCache(Cache):
             if sequence.parts:
                 part, offset = sequence.parts[-1], sequence.parts[0].num_tokens
                 self.calls, self.num_marked = [], 0
-            self.calls.append(RecordedCall(num_columns, real, part, offset, self.rows))
+            facts = (sequence.positions, sequence.seq_idx)
+            self.calls.append(RecordedCall(num_columns, real, part, offset, self.rows, *facts))
         self._columns += num_columns
         if self.is_static:
             for old, new in zip(self.rows.tensors(), rows.tensors(), strict=True):
@@ -237,9 +241,10 @@ class HybridCache(Cache):
                 "crop: rows with pads or packed documents can be taken back only while the past is recorded; "
                 "call cache.activate_past_recording() first"
             )
-        unknown = torch.full_like(rows.last_position, UNKNOWN)
-        length = rows.uniform - count
-        self.rows = RowState(rows.num_tokens - count, rows.doc_start, unknown, unknown, length, True)
+        length, known = rows.uniform - count, rows.last_position != UNKNOWN
+        position = torch.where(known, rows.last_position - count, UNKNOWN)  # in one document they go on by one
+        segment = rows.last_segment if length else torch.full_like(rows.last_segment, UNKNOWN)
+        self.rows = RowState(rows.num_tokens - count, rows.doc_start, position, segment, length, True)
         self._rollback(0, None, length, count)
 
     def _crop_recorded(self, count: int) -> None:
@@ -285,21 +290,21 @@ class HybridCache(Cache):
         uniform = call.real is None and sequence.lengths is None
         shorter = sequence.head(sequence.num_tokens - count) if uniform else sequence.shorten(removed)
         lengths = torch.as_tensor(available, device=device).expand(batch) - removed
-        last = (lengths - 1).clamp(min=0)[:, None]
 
-        def at_end(values: Tensor | None, before: Tensor) -> Tensor:
+        def at_end(values: Tensor | None, before: Tensor, count: Tensor) -> Tensor:
             if values is None:
                 return before
-            return torch.where(lengths > 0, values.expand(batch, -1).gather(1, last)[:, 0], before)
+            last = (count - 1).clamp(min=0)[:, None]
+            return torch.where(count > 0, values.expand(batch, -1).gather(1, last)[:, 0], before)
 
         base = sequence.num_past if sequence.num_past is not None else torch.zeros_like(lengths)
         past_start = sequence.past_doc_start if sequence.past_doc_start is not None else call.before.doc_start
-        past, before = sequence.uniform_past, call.before.last_position
+        past, kept = sequence.uniform_past, lengths + call.offset
         rows = RowState(
             num_tokens=base + lengths,
-            doc_start=at_end(sequence.doc_start, past_start),
-            last_position=at_end(sequence.positions, torch.full_like(lengths, UNKNOWN) if call.offset else before),
-            last_segment=torch.full_like(lengths, UNKNOWN),
+            doc_start=at_end(sequence.doc_start, past_start, lengths),
+            last_position=at_end(call.positions, call.before.last_position, kept),
+            last_segment=at_end(call.seq_idx, call.before.last_segment, kept),
             uniform=past + shorter.num_tokens if uniform and past is not None else None,
             one_document=sequence.doc_start is None,
         )

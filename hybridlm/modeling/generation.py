@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import HybridCache
 
@@ -47,6 +48,7 @@ class HybridGeneration:
         else:
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             cache = self.new_cache(static=kind in _STATIC, max_length=length if kind in _STATIC else None)
+        cache.drafting = generation_mode == GenerationMode.ASSISTED_GENERATION
         if generation_config.is_assistant:
             # one call makes one draft, and all of it may be taken back; twice, since another tokenizer may cut it anew
             cache.record_window = max(cache.record_window, 2 * (generation_config.max_new_tokens or max_cache_length))
@@ -81,3 +83,46 @@ class HybridGeneration:
         if attention_mask is None:
             return {"token_mask": torch.ones(batch, length, dtype=torch.bool, device=inputs_embeds.device)}
         return {"token_mask": attention_mask[:, -length:].bool()}
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: HybridCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers, with a filled cache in assisted decoding too.
+
+        Raises:
+            ValueError: Nothing is left to feed: the text is not longer than what the cache holds.
+        """
+        if is_first_iteration and getattr(past_key_values, "drafting", False) and past_key_values.num_columns:
+            next_sequence_length = input_ids.shape[1] - past_key_values.num_columns  # transformers feeds all again
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"input_ids: past_key_values holds {past_key_values.num_columns} tokens, and {next_sequence_length} "
+                "are left to feed; give the whole text, what the cache holds included"
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: its paged cache has no place for recurrent state.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "continuous batching keeps a paged cache, which has no recurrent state; use generate() with a padded batch, "
+            "or model.new_cache()"
+        )

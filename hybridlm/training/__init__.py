@@ -1,6 +1,7 @@
 """Train a model from a run file, or with the parts one by one."""
 
 from .bits_per_byte import HeldoutScore, evaluate_bits_per_byte
+from .command import train
 from .job import build_model, run
 from .ngram import WittenBell
 from .parameter_groups import decayed_parameter_names, parameter_groups
@@ -22,4 +23,5 @@ __all__ = [
     "parameter_groups",
     "run",
     "summarize",
+    "train",
 ]

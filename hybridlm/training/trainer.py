@@ -84,6 +84,8 @@ class HybridTrainer(Trainer):
         self.train_sampler: EpochSampler | None = None
         self._redirect: str | None = None
         self._tokens_since_log = 0
+        self._router_losses: dict[bool, list[Tensor]] = {True: [], False: []}  # in training, in evaluation
+        self._step_of_log: int | None = None
         self._time_of_log: float | None = None
         super().__init__(**kwargs)
         for default in (ProgressCallback, PrinterCallback):
@@ -132,17 +134,44 @@ class HybridTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run one micro-batch forward and backward, and count its tokens."""
-        self._time_of_log = self._time_of_log or time.perf_counter()
+        if self._time_of_log is None:
+            self._time_of_log, self._step_of_log = time.perf_counter(), self.state.global_step
         self._tokens_since_log += inputs["input_ids"].numel() * self.args.world_size
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The model's loss; what routers add to it is also kept apart, for bits per byte are of the text alone."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.get("aux_loss") is not None:
+            self._router_losses[model.training].append(outputs["aux_loss"].detach().float())
+        return (loss, outputs) if return_outputs else loss
+
+    def _mean_router_loss(self, training: bool, steps: int | None) -> float:
+        """Router loss since the last record: per optimizer step, or, in evaluation, per batch."""
+        losses, self._router_losses[training] = self._router_losses[training], []
+        if not losses:
+            return 0.0
+        total = self.accelerator.reduce(torch.stack(losses).sum(), "sum" if training else "mean")
+        return total.item() / (steps or len(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record `logs`, with bits per byte beside every loss and the speed since the last record."""
         counts = getattr(self.train_dataset, "counts", None)
-        for loss, bits in (("loss", "bits_per_byte"), ("eval_loss", "eval_bits_per_byte")):
-            if loss in logs and counts is not None and counts.num_bytes:
-                logs[bits] = logs[loss] / math.log(2) * counts.tokens_per_byte
+        for name, training in (("loss", True), ("eval_loss", False)):
+            if name in logs:
+                steps = self.state.global_step - (self._step_of_log or 0) if training else None
+                router_loss = self._mean_router_loss(training, steps)
+                if counts is not None and counts.num_bytes:
+                    bits = (logs[name] - router_loss) / math.log(2) * counts.tokens_per_byte
+                    logs[name.replace("loss", "bits_per_byte")] = bits
         if "loss" in logs and self._tokens_since_log:
+            self._step_of_log = self.state.global_step
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens_since_log / (now - self._time_of_log)
             self._tokens_since_log, self._time_of_log = 0, now

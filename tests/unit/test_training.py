@@ -214,9 +214,7 @@ def test_schedule_is_warm_up_then_cosine_to_a_tenth():
 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused(tokenizer):
     config = {"model_type": "llama", "vocab_size": 100, "hidden_size": 16, "num_attention_heads": 2}
-    with pytest.raises(
-        ValueError, match=r"model\.config\.vocab_size: 100 token ids are fewer than the tokenizer's 258"
-    ):
+    with pytest.raises(ValueError, match=r"model\.config\.vocab_size: 100 token ids are fewer"):
         build_model(ModelOptions(config=config), tokenizer)
 
 
@@ -310,9 +308,7 @@ def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch, wri
     whole = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
     fill_disk(monkeypatch, write)
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
-    message = (
-        r"checkpoint .*checkpoint-4 could not be written: .*No space left.*last whole checkpoint is .*checkpoint-2"
-    )
+    message = r"checkpoint-4 could not be written: .*No space left.*last whole checkpoint is .*checkpoint-2"
     with pytest.raises(CheckpointError, match=message):
         trainer.train(resume_from_checkpoint=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == whole

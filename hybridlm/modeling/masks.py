@@ -30,6 +30,7 @@ class SequenceInfo:
         lengths: `[B]`, real tokens of each row in this call; `None` when all are real.
         starts: `[B, T]`, True at the first token of each document that begins here; `None` when none does.
         segment_ids: `[B, T]`, number of the document inside this call's row; `None` when there is one a row.
+        seq_idx: `[B, T]`, the caller's document numbers; `None` when none were given.
         doc_start: `[B, T]`, index of the first token of each token's document; `None` when it is 0 everywhere.
         num_past: `[B]`, real tokens of each row in earlier calls; `None` without a past.
         uniform_past: the same number when it is one for all rows and known without reading a tensor.
@@ -50,6 +51,7 @@ class SequenceInfo:
     lengths: Tensor | None = None
     starts: Tensor | None = None
     segment_ids: Tensor | None = None
+    seq_idx: Tensor | None = None
     doc_start: Tensor | None = None
     num_past: Tensor | None = None
     uniform_past: int | None = 0
@@ -106,6 +108,7 @@ class SequenceInfo:
             lengths=lengths,
             starts=cut(self.starts),
             segment_ids=None if segment_ids is None else segment_ids - segment_ids[:, :1],
+            seq_idx=cut(self.seq_idx),
             doc_start=cut(self.doc_start),
             num_past=(zero if self.num_past is None else self.num_past) + before,
             uniform_past=None if self.uniform_past is None or self.lengths is not None else self.uniform_past + start,
@@ -162,6 +165,7 @@ def join(calls: list[SequenceInfo]) -> SequenceInfo:
         positions=cat("positions"),
         starts=starts,
         segment_ids=None if starts is None else starts.long().cumsum(1),
+        seq_idx=None,
         doc_start=cat("doc_start"),
         token_ids=None,
         inputs_embeds=None,

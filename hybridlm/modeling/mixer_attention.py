@@ -279,7 +279,8 @@ class AttentionMixer(nn.Module):
             return True
         if key_index is None:  # the call's own tokens, pads last: real tokens never look at them
             return self.window is not None and num_keys > self.window
-        return self.window is not None or sequence.num_tokens > 1 or sequence.uniform_past is None
+        past = sequence.uniform_past  # a static store has empty slots from the first token on
+        return self.window is not None or sequence.num_tokens > 1 or past is None or num_keys != past + 1
 
     def _mask(self, key_index: Tensor | None, num_keys: int, sequence: SequenceInfo) -> Tensor | None:
         """`[B or 1, 1, T, S]`, or `None` when causal order says it all; shared by the layers of a call."""

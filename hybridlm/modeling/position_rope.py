@@ -50,7 +50,8 @@ class RopePosition(Float32Islands):
             raise ValueError(f"theta={theta} must be positive")
         self.head_dim, self.theta = head_dim, theta
         self.scaling = self._check(scaling)
-        self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2), persistent=False)
+        # float32 whatever type the model is built in
+        self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2, dtype=torch.float32), persistent=False)
         self.init_weights()
 
     @staticmethod

@@ -242,6 +242,7 @@ def build_sequence(
         lengths=lengths,
         starts=starts,
         segment_ids=None if starts is None else starts.long().cumsum(1),
+        seq_idx=numbers,
         doc_start=doc_start,
         num_past=None if rows.uniform == 0 else rows.num_tokens,
         uniform_past=rows.uniform,

@@ -103,6 +103,23 @@ def test_an_installation_lists_and_describes_its_own_presets_away_from_the_check
     assert len(found["describe"]["layers"]) == 32
 
 
+def test_the_wheel_trains_away_from_the_checkout(wheel, tmp_path):
+    site = install([str(wheel)], tmp_path / "site")
+    (tmp_path / "texts").mkdir()
+    for number in range(6):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"def function_{number}(self):\n    return {number}\n" * 20)
+    run_file = {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"config": "tiny_jamba"},
+        "data": {"path": str(tmp_path / "texts"), "length": 64, "heldout_modulus": 3},
+        "training": {"max_steps": 5, "use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 2},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run_file))  # JSON is YAML
+    output = run("-m", "hybridlm.cli", "train", "run.yaml", "training.seed=1", cwd=tmp_path, pythonpath=site)
+    assert "5 steps" in output
+    assert (tmp_path / "out" / "model" / "README.md").is_file(), "the card template must travel too"
+
+
 def test_the_wheel_and_the_wheel_from_the_sdist_hold_the_same_files(wheel, wheel_from_sdist):
     names = [sorted(zipfile.ZipFile(path).namelist()) for path in (wheel, wheel_from_sdist)]
     assert names[0] == names[1]

@@ -2,9 +2,11 @@
 
 import importlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3}
@@ -44,6 +46,7 @@ class Twin:
         module = importlib.import_module(f"transformers.models.{self.family}.modeling_{self.family}")
         model = getattr(module, config.__class__.__name__.replace("Config", "ForCausalLM"))(config)
         randomize(model)
+        normalise_groups_apart(model)
         return model.to(dtype).eval()
 
 
@@ -139,7 +142,15 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
 FAMILIES = ("llama", "mistral", "mixtral", "jamba", "mamba", "mamba2", "bamba")
 
 
-def has_grouped_norm(twin: Twin) -> bool:
-    """Whether the installed twin normalises each of its groups on its own, as mamba-ssm does (5.17 does not)."""
-    groups = {"mamba2": "n_groups", "bamba": "mamba_n_groups"}.get(twin.family)
-    return twin.options.get(groups, 1) == 1 or any("group_size" in vars(module) for module in twin.build().modules())
+def normalise_groups_apart(model: PreTrainedModel) -> None:
+    """Let each group of a gated norm be normalised on its own, as mamba-ssm and later versions do and 5.17 does not."""
+    groups = getattr(model.config, "n_groups", getattr(model.config, "mamba_n_groups", 1))
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNormGated") and not hasattr(module, "group_size"):
+            module.forward = partial(_grouped_norm, module, groups)
+
+
+def _grouped_norm(norm: nn.Module, groups: int, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    gated = (hidden_states.float() * nn.functional.silu(gate.float())).unflatten(-1, (groups, -1))
+    gated = nn.functional.rms_norm(gated, gated.shape[-1:], eps=norm.variance_epsilon).flatten(-2)
+    return norm.weight * gated.to(hidden_states.dtype)

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 
@@ -47,16 +48,20 @@ class CausalConv1d(nn.Conv1d):
             The outputs `[B, T, C]` and the tail `[B, C, W - 1]` after each row's last real token.
         """
         dtype = torch.promote_types(inputs.dtype, self.weight.dtype)
-        past = self._past(inputs, tail)
-        padded = torch.cat([past.to(dtype), inputs.to(dtype)], dim=1)  # [B, W - 1 + T, C]
-        segment_ids = None
+        padded = torch.cat([self._past(inputs, tail).to(dtype), inputs.to(dtype)], dim=1)  # [B, W - 1 + T, C]
+        segment_ids = same = None
         if starts is not None:
             segment_ids = nn.functional.pad(starts.long().cumsum(1), (self.num_past, 0))  # the tail is document 0
+            windows = segment_ids.unfold(1, self.num_past + 1, 1)  # [B, T, W]
+            same = (windows == windows[..., -1:]).to(dtype)
+        weight, bias = self.weight[:, 0].to(dtype), None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(inputs.device.type, enabled=False):
-            if segment_ids is None and (dtype in (torch.float32, torch.bfloat16) or inputs.is_cuda):
-                outputs = self._convolve(padded, dtype)
+            if inputs.shape[1] > 1:
+                outputs = _DepthwiseConv.apply(padded, weight, bias, same)
             else:
-                outputs = self._shift_and_add(padded, segment_ids, dtype)
+                taps = padded if same is None else padded * same.transpose(1, 2)
+                outputs = (taps * weight.T).sum(1, keepdim=True)
+                outputs = outputs if bias is None else outputs + bias
         return outputs.to(inputs.dtype), self._last_tokens(padded, segment_ids, lengths)
 
     def forward_reference(
@@ -81,25 +86,6 @@ class CausalConv1d(nn.Conv1d):
             return inputs.new_zeros(inputs.shape[0], self.num_past, inputs.shape[2])
         return tail.transpose(1, 2)
 
-    def _convolve(self, padded: Tensor, dtype: torch.dtype) -> Tensor:
-        # token-major [B, T, C] is the channels-last layout of an image of height 1: no transposed copy is made
-        image = padded.transpose(1, 2).unsqueeze(2)  # [B, C, 1, W - 1 + T]
-        bias = None if self.bias is None else self.bias.to(dtype)
-        outputs = nn.functional.conv2d(image, self.weight.to(dtype).unsqueeze(2), bias, groups=self.groups)
-        return outputs.squeeze(2).transpose(1, 2)
-
-    def _shift_and_add(self, padded: Tensor, segment_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-        weight = self.weight[:, 0].to(dtype).T  # [W, C]
-        num_tokens = padded.shape[1] - self.num_past
-        outputs = padded[:, self.num_past :] * weight[self.num_past]
-        for tap in range(self.num_past):
-            taken = padded[:, tap : tap + num_tokens]
-            if segment_ids is not None:
-                same = segment_ids[:, tap : tap + num_tokens] == segment_ids[:, self.num_past :]
-                taken = taken * same[..., None]
-            outputs = torch.addcmul(outputs, taken, weight[tap])
-        return outputs if self.bias is None else outputs + self.bias.to(dtype)
-
     def _last_tokens(self, padded: Tensor, segment_ids: Tensor | None, lengths: Tensor | None) -> Tensor:
         batch, num_past = padded.shape[0], self.num_past
         num_tokens = padded.shape[1] - num_past
@@ -116,3 +102,56 @@ class CausalConv1d(nn.Conv1d):
         if same is not None:
             last = last * same[..., None]
         return last.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # a view would keep all tokens alive
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """`y_t = sum_k w_k x_(t - W + 1 + k) + b`, with a factor for each token and tap.
+
+    On a CPU PyTorch's own gradient of a depthwise weight takes twenty times as long as the convolution, and autograd
+    over shifted copies fills a full-length gradient for each tap. Here the loops go over tiles that stay in the cache.
+    """
+
+    TILE_ELEMENTS = 1 << 17
+
+    @staticmethod
+    def _tiles(padded: Tensor, width: int) -> list[slice]:
+        num_tokens = padded.shape[1] - width + 1
+        per_token = padded.shape[0] * padded.shape[2]
+        tile = num_tokens if padded.is_cuda else max(8, _DepthwiseConv.TILE_ELEMENTS // per_token)
+        return [slice(start, min(start + tile, num_tokens)) for start in range(0, num_tokens, tile)]
+
+    @staticmethod
+    def forward(ctx, padded: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None) -> Tensor:
+        ctx.save_for_backward(padded, weight, same)
+        ctx.has_bias = bias is not None
+        if same is None and (padded.is_cuda or padded.dtype in (torch.float32, torch.bfloat16)):
+            # token-major [B, T, C] is the channels-last layout of an image of height 1: no transposed copy is made
+            image = padded.transpose(1, 2).unsqueeze(2)  # [B, C, 1, W - 1 + T]
+            outputs = nn.functional.conv2d(image, weight[:, None, None], bias, groups=weight.shape[0])
+            return outputs.squeeze(2).transpose(1, 2)
+        taps = weight.T.contiguous()  # [W, C]
+        outputs = padded.new_empty(padded.shape[0], padded.shape[1] - len(taps) + 1, padded.shape[2])
+        for tile in _DepthwiseConv._tiles(padded, len(taps)):
+            output = outputs[:, tile]
+            output.copy_(bias) if ctx.has_bias else output.zero_()
+            for k in range(len(taps)):
+                taken = padded[:, tile.start + k : tile.stop + k]
+                output.addcmul_(taken if same is None else taken * same[:, tile, k, None], taps[k])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        padded, weight, same = ctx.saved_tensors
+        taps = weight.T.contiguous()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_padded, grad_taps = torch.zeros_like(padded), torch.zeros_like(taps, dtype=wide)
+        for tile in _DepthwiseConv._tiles(padded, len(taps)):
+            grad = grad_outputs[:, tile]
+            for k in range(len(taps)):
+                part = slice(tile.start + k, tile.stop + k)
+                grad_tap = grad if same is None else grad * same[:, tile, k, None]
+                grad_padded[:, part].addcmul_(grad_tap, taps[k])
+                grad_taps[k] += (grad_tap * padded[:, part]).sum((0, 1), dtype=wide)
+        grad_bias = grad_outputs.sum((0, 1)) if ctx.has_bias else None
+        return grad_padded, grad_taps.T.to(weight.dtype), grad_bias, None

@@ -10,6 +10,7 @@ Differs: decays are powers of two, since exp2 is about three times as fast as ex
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,15 +126,15 @@ class _SelectiveScan(torch.autograd.Function):
         return max(8, min(32, _SelectiveScan.BLOCK_ELEMENTS // per_token, value.shape[1]))
 
     @staticmethod
-    def _fill(decay: Tensor, memory: Tensor, before: Tensor, inputs: tuple[Tensor, ...], starts: Tensor | None) -> None:
-        """Compute a block's decays and states `[B, block, N, D]` into the two buffers."""
-        value, dt, rate, key = inputs
-        torch.mul(dt.unsqueeze(2), rate, out=decay)
-        decay.exp2_()
+    def _fill(decay: "_Block", memory: "_Block", before: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        """Compute a block's decays and states into two blocks, given the state before it."""
+        value, dt, rate, key, starts = inputs
+        torch.mul(dt.unsqueeze(2), rate, out=decay.whole)
+        decay.whole.exp2_()
         if starts is not None:
-            decay.masked_fill_(starts[:, :, None, None], 0.0)
-        torch.mul((dt * value).unsqueeze(2), key.unsqueeze(3), out=memory)
-        for step_decay, step_memory in zip(decay.unbind(1), memory.unbind(1), strict=True):
+            decay.whole.masked_fill_(starts[:, :, None, None], 0.0)
+        torch.mul((dt * value).unsqueeze(2), key.unsqueeze(3), out=memory.whole)
+        for step_decay, step_memory in zip(decay.steps, memory.steps, strict=True):
             step_memory.addcmul_(step_decay, before)
             before = step_memory
 
@@ -148,20 +149,17 @@ class _SelectiveScan(torch.autograd.Function):
         state: Tensor,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        block = _SelectiveScan._block(value, rate)
-        batch, num_tokens, _ = value.shape
-        shape = (batch, block, *rate.shape)
-        decays, memories = value.new_empty(shape), value.new_empty(shape)
+        size = _SelectiveScan._block(value, rate)
+        decay, memory = _Block.empty(value, size, rate), _Block.empty(value, size, rate)
         output = torch.empty_like(value, memory_format=torch.contiguous_format)
         checkpoints = []
-        for part in _block_slices(num_tokens, block):
+        for part in _block_slices(value.shape[1], size):
+            decay, memory = decay.first(part.stop - part.start), memory.first(part.stop - part.start)
             checkpoints.append(state)
-            size = part.stop - part.start
-            decay, memory = decays[:, :size], memories[:, :size]
-            part_starts = None if starts is None else starts[:, part]
-            _SelectiveScan._fill(decay, memory, state, (value[:, part], dt[:, part], rate, key[:, part]), part_starts)
-            output[:, part] = torch.matmul(query[:, part].unsqueeze(2), memory).squeeze(2)
-            state = memory[:, -1].clone()
+            inputs = (value[:, part], dt[:, part], rate, key[:, part], None if starts is None else starts[:, part])
+            _SelectiveScan._fill(decay, memory, state, inputs)
+            output[:, part] = torch.matmul(query[:, part].unsqueeze(2), memory.whole).squeeze(2)
+            state = memory.steps[-1].clone()
         ctx.save_for_backward(value, dt, rate, key, query, starts, *checkpoints)
         return output, state
 
@@ -169,38 +167,53 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         value, dt, rate, key, query, starts, *checkpoints = ctx.saved_tensors
-        block = _SelectiveScan._block(value, rate)
-        parts = _block_slices(value.shape[1], block)
-        shape = (value.shape[0], block, *rate.shape)
-        decays, memories, grads = (value.new_empty(shape) for _ in range(3))
+        size = _SelectiveScan._block(value, rate)
+        buffers = [_Block.empty(value, size, rate) for _ in range(3)]
         grad_value, grad_dt = torch.empty_like(value), torch.empty_like(dt)
         grad_rate, grad_key, grad_query = torch.zeros_like(rate), torch.empty_like(key), torch.empty_like(query)
+        parts = _block_slices(value.shape[1], size)
         with torch.autocast(value.device.type, enabled=False):
             for part, before in zip(reversed(parts), reversed(checkpoints), strict=True):
-                size = part.stop - part.start
-                decay, memory, grad = decays[:, :size], memories[:, :size], grads[:, :size]
-                inputs = (value[:, part], dt[:, part], rate, key[:, part])
-                _SelectiveScan._fill(decay, memory, before, inputs, None if starts is None else starts[:, part])
+                decay, memory, grad = (buffer.first(part.stop - part.start) for buffer in buffers)
+                inputs = (value[:, part], dt[:, part], rate, key[:, part], None if starts is None else starts[:, part])
+                _SelectiveScan._fill(decay, memory, before, inputs)
                 grad_part = grad_output[:, part]
-                torch.mul(grad_part.unsqueeze(2), query[:, part].unsqueeze(3), out=grad)
-                grad_steps, decay_steps = grad.unbind(1), decay.unbind(1)
-                grad_steps[-1].add_(grad_state)
-                for t in range(size - 1, 0, -1):
-                    grad_steps[t - 1].addcmul_(decay_steps[t], grad_steps[t])
-                grad_state = decay_steps[0] * grad_steps[0]
-                grad_query[:, part] = torch.matmul(memory, grad_part.unsqueeze(3)).squeeze(3)
-                write = (dt[:, part] * value[:, part]).unsqueeze(3)
-                grad_key[:, part] = torch.matmul(grad, write).squeeze(3)
-                grad_write = torch.matmul(key[:, part].unsqueeze(2), grad).squeeze(2)
+                torch.mul(grad_part.unsqueeze(2), query[:, part].unsqueeze(3), out=grad.whole)
+                grad.steps[-1].add_(grad_state)
+                for t in range(len(grad.steps) - 1, 0, -1):
+                    grad.steps[t - 1].addcmul_(decay.steps[t], grad.steps[t])
+                grad_state = decay.steps[0] * grad.steps[0]
+                # a row times a matrix: the same product with the vector as a column is ten times slower on a CPU
+                grad_query[:, part] = torch.matmul(grad_part.unsqueeze(2), memory.whole.transpose(2, 3)).squeeze(2)
+                write = (dt[:, part] * value[:, part]).unsqueeze(2)
+                grad_key[:, part] = torch.matmul(write, grad.whole.transpose(2, 3)).squeeze(2)
+                grad_write = torch.matmul(key[:, part].unsqueeze(2), grad.whole).squeeze(2)
                 # gradient of the exponents, in place of the decays: grad * decay * state before the step
-                grad[:, 1:].mul_(memory[:, :-1])
-                grad[:, 0].mul_(before)
-                decay.mul_(grad)
-                torch.mul(decay, rate, out=memory)
-                grad_dt[:, part] = torch.addcmul(memory.sum(2) * LN_2, grad_write, value[:, part])
+                grad.whole[:, 1:].mul_(memory.whole[:, :-1])
+                grad.whole[:, 0].mul_(before)
+                exponent = decay.whole.mul_(grad.whole)
+                torch.mul(exponent, rate, out=memory.whole)
+                grad_dt[:, part] = torch.addcmul(memory.whole.sum(2) * LN_2, grad_write, value[:, part])
                 grad_value[:, part] = grad_write * dt[:, part]
-                grad_rate += decay.mul_(dt[:, part].unsqueeze(2)).sum((0, 1))
+                grad_rate += exponent.mul_(dt[:, part].unsqueeze(2)).sum((0, 1))
         return grad_value, grad_dt, grad_rate * LN_2, grad_key, grad_query, grad_state, None
+
+
+@dataclass
+class _Block:
+    """A buffer `[B, block, N, D]` with a view of each token: made once, since making one costs as much as using it."""
+
+    whole: Tensor
+    steps: Sequence[Tensor]
+
+    @classmethod
+    def empty(cls, like: Tensor, size: int, rate: Tensor) -> "_Block":
+        whole = like.new_empty(like.shape[0], size, *rate.shape)
+        return cls(whole, whole.unbind(1))
+
+    def first(self, size: int) -> "_Block":
+        """The same memory for `size` tokens."""
+        return self if size == len(self.steps) else _Block(self.whole[:, :size], self.steps[:size])
 
 
 # Mamba-2: one decay for each head --------------------------------------------------------------------------------

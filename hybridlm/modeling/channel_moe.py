@@ -254,6 +254,7 @@ class MoE(nn.Module):
             intermediate_size = 64 * -(-8 * hidden_size // (3 * 64))
         if intermediate_size < 1:
             raise ValueError(f"intermediate_size={intermediate_size} must be at least 1")
+        self.intermediate_size = intermediate_size
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout} must be in [0, 1)")
         for name, value in (("load_balancing_coef", load_balancing_coef), ("z_loss_coef", z_loss_coef)):
@@ -294,6 +295,7 @@ class MoE(nn.Module):
             raise ValueError("shared_gate=True needs num_shared_experts of at least 1")
         self.shared_expert = self.shared_expert_gate = None
         if num_shared_experts:
+            self.shared_intermediate_size = shared_size
             self.shared_expert = SharedExpert(
                 hidden_size, intermediate_size=num_shared_experts * shared_size, activation=activation
             )

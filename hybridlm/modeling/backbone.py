@@ -23,7 +23,7 @@ from .layer import HybridLMLayer
 from .masks import Compaction, SequenceInfo, compiling
 from .mixer_attention import AttentionProduct
 from .norms import build_norm
-from .registry import HALVES, resolve_config
+from .registry import resolve_config
 from .remote_code import auto_map, foreign_parts, ship_code
 from .router import Router
 from .stream import RowState, build_sequence, current_mask
@@ -74,6 +74,14 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: `save_pretrained` ships the code of all heads without a mark on the class.
+
+        transformers calls this when it loads remote code, and would then save an entry for this head that names a file
+        from which the other heads cannot be reached.
+        """
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save weights, config and the code that loads them where hybridlm is not installed.
 
@@ -81,11 +89,15 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             save_directory: The model folder; it is made if it does not exist.
             kwargs: As in transformers.
         """
-        main_process = kwargs.get("is_main_process", True)
         self.config.auto_map = auto_map()
         super().save_pretrained(save_directory, **kwargs)
-        if main_process:
-            ship_code(save_directory, foreign_parts(self.config, HALVES))
+        if kwargs.get("is_main_process", True):
+            ship_code(save_directory, foreign_parts(self.config))
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained(push_to_hub=True)` wrote, and the code."""
+        ship_code(working_dir, foreign_parts(self.config))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def new_cache(
         self,

@@ -123,6 +123,6 @@ class HybridGeneration:
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "continuous batching keeps a paged cache, which has no recurrent state; use generate() with a padded batch, "
-            "or model.new_cache()"
+            "continuous batching keeps a paged cache, which has no recurrent state; use generate() with a padded "
+            "batch, or model.new_cache()"
         )

@@ -4,13 +4,17 @@ The modeling folder is flat and imports only torch and transformers, so that shi
 registered at run time brings its own file, and a line in the copied registry.
 """
 
+import ast
 import inspect
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from transformers.utils import logging
+
+from .registry import CHANNEL_MIXERS, MIXERS, NORMS, POSITIONS, RESIDUALS
 
 logger = logging.get_logger(__name__)
 
@@ -43,12 +47,14 @@ def ship_code(folder: str | Path, parts: dict[str, dict[str, type]]) -> list[str
     for path in sorted(home.glob("*.py")):
         if path.name != "__init__.py" and path.parent.resolve() != folder.resolve():
             shutil.copyfile(path, folder / path.name)
-    lines = []
+    lines: list[str] = []
+    shipped: dict[str, Path] = {}
     for registry, classes in parts.items():
         for name, part in classes.items():
-            reason = _why_not(part, home)
+            reason = _why_not(part, home, shipped)
             if reason is None:
                 source = Path(inspect.getsourcefile(part))
+                shipped[source.name] = source
                 shutil.copyfile(source, folder / source.name)
                 lines += [
                     f"from .{source.stem} import {part.__name__}  # noqa: E402",
@@ -64,38 +70,59 @@ def ship_code(folder: str | Path, parts: dict[str, dict[str, type]]) -> list[str
     return reasons
 
 
-def _why_not(part: type, home: Path) -> str | None:
-    """Why the file of a part cannot travel, or `None`."""
+def _why_not(part: type, home: Path, shipped: dict[str, Path]) -> str | None:
+    """Why the file of a part cannot travel, or `None`; `shipped` are the files that already do, by name."""
     if part.__module__ == "__main__":
         return "it is defined in __main__, move it into a file"
     try:
         source = Path(inspect.getsourcefile(part) or "")
     except TypeError:
-        return "its source cannot be found"
+        source = Path()
     if not source.is_file():
         return "its source cannot be found"
+    if getattr(sys.modules.get(part.__module__), part.__name__, None) is not part:
+        return f"the class {part.__name__} is not at the top of its file"
     if (home / source.name).exists():
         return f"its file is called {source.name}, as one of the modeling files"
-    package = _own_package()
-    for line in source.read_text().splitlines():
-        words = line.split()
-        if words[:1] in (["from"], ["import"]) and len(words) > 1 and words[1].split(".")[0] == package:
-            return f"its file imports the package {package!r} (`{line.strip()}`), which is missing where code is remote"
+    if shipped.get(source.name, source) != source:
+        return f"its file is called {source.name}, as that of another part"
+    package = __name__.split(".")[0]
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                return (
+                    f"its file imports {'.' * node.level}{node.module or ''}, a neighbour that does not travel with it"
+                )
+            names = [node.module]
+        if any(name.split(".")[0] == package for name in names):
+            return (
+                f"its file imports the package {package!r} (line {node.lineno}), which is missing where code is remote"
+            )
     return None
 
 
-def _own_package() -> str:
-    return __name__.split(".")[0]
+def foreign_parts(config: Any) -> dict[str, dict[str, type]]:
+    """Parts in use that were registered at run time, by registry and config name.
 
-
-def foreign_parts(config: Any, registry: ModuleType | Any) -> dict[str, dict[str, type]]:
-    """Parts in use that were registered at run time, by registry and config name."""
+    Args:
+        config: A config whose parts are resolved.
+    """
     package = __name__.rpartition(".")[0]
     found: dict[str, dict[str, type]] = {}
-    used = {"MIXERS": ("mixer", registry["mixer"]), "CHANNEL_MIXERS": ("channel_mixer", registry["channel_mixer"])}
-    for name, (half, classes) in used.items():
-        for spec in config.layer_specs.values():
-            part = classes[spec[half]["name"]] if spec.get(half) else None
-            if part is not None and part.__module__.rpartition(".")[0] != package:
-                found.setdefault(name, {})[spec[half]["name"]] = part
+    for registry, name, part in _parts_of(config):
+        if part.__module__.rpartition(".")[0] != package:
+            found.setdefault(registry, {})[name] = part
     return found
+
+
+def _parts_of(config: Any) -> Iterator[tuple[str, str, type]]:
+    """Registry, name and class of every part in use."""
+    specs = [("NORMS", NORMS, config.norm), ("RESIDUALS", RESIDUALS, config.residual)]
+    for recipe in config.layer_specs.values():
+        mixer = recipe["mixer"]
+        specs += [("MIXERS", MIXERS, mixer), ("CHANNEL_MIXERS", CHANNEL_MIXERS, recipe["channel_mixer"])]
+        specs += [("NORMS", NORMS, recipe.get("norm")), ("POSITIONS", POSITIONS, (mixer or {}).get("position"))]
+    for registry, classes, spec in specs:
+        if spec is not None:
+            yield registry, spec["name"], classes[spec["name"]]

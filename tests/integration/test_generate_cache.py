@@ -166,8 +166,8 @@ def test_assisted_decoding_with_a_static_cache_is_refused():
     model = shared("hybrid")
     with pytest.raises(ValueError, match="[Ss]tatic"):
         greedy(model, prompt(), prompt_lookup_num_tokens=3, cache_implementation="static")
+    cache = model.new_cache(static=True, max_length=40)
     with pytest.raises(ValueError, match="static cache cannot record its past"):
-        cache = model.new_cache(static=True, max_length=40)
         greedy(model, prompt(), prompt_lookup_num_tokens=3, past_key_values=cache)
 
 

@@ -1,0 +1,187 @@
+"""The promises, on whole models: every option of every registered part, and every pair of parts.
+
+A test's id is the promise and the part that keeps it, e.g. `step_is_scan-mamba`.
+"""
+
+import pytest
+import torch
+from variants import (
+    CHANNEL_VARIANTS,
+    FACTORS,
+    MIXER_VARIANTS,
+    PAIRWISE,
+    STRUCTURES,
+    channel_subject,
+    hybrid_subject,
+    mixer_subject,
+    pairwise_subject,
+    structure_subject,
+)
+
+from hybridlm import MIXERS
+from hybridlm.testing import CHECKS, state_influence
+
+EXACT = 1e-9
+TOLERANCES = {
+    # transformers' loss function computes in float32, whatever the model's type
+    "losses_add_up": 1e-6,
+    "packed_losses_add_up": 1e-6,
+    "bf16_is_close": 0.08,
+}
+SLOW = {"compiled_decode", "long_input"}  # run apart, on fewer models
+# bigger cases of these run apart
+THOROUGH = [name for name in CHECKS if name not in SLOW]
+BASES = [*MIXERS, "attention-window_and_sinks"]
+
+# what an option of a mixer, of a channel mixer, of the structure, or a pair of parts could break
+MIXER_CHECKS = [
+    "step_is_scan",
+    "causal_by_gradient",
+    "pads_in_stream",
+    "packed_with_pads",
+    "packed_by_cu_seq_lens",
+    "packed_gradients",
+    "caching_does_not_change_gradients",
+    "anything_goes",
+    "static_with_pads",
+    "missing_keys",
+    "float32_islands",
+    "bf16_is_close",
+]
+CHANNEL_CHECKS = [
+    "step_is_scan",
+    "causal_by_gradient",
+    "pads_in_stream",
+    "packed_gradients",
+    "padded_gradients",
+    "rows_are_independent",
+    "gradient_checkpointing",
+    "losses_add_up",
+    "packed_losses_add_up",
+    "saved_is_loaded",
+    "missing_keys",
+    "float32_islands",
+    "greedy_with_cache",
+]
+STRUCTURE_CHECKS = [
+    "step_is_scan",
+    "causal_by_perturbation",
+    "packed_with_pads",
+    "gradient_checkpointing",
+    "losses_add_up",
+    "saved_is_loaded",
+    "missing_keys",
+    "bf16_is_close",
+]
+PAIR_CHECKS = [
+    "chunked_continuation",
+    "step_is_scan",
+    "left_padding",
+    "right_padding",
+    "packed_by_position_ids",
+    "packed_with_pads",
+    "packed_gradients",
+    "anything_goes",
+    "static_with_pads",
+    "gradient_checkpointing",
+    "saved_is_loaded",
+    "missing_keys",
+]
+
+
+def holds(check, subject, **options):
+    error = CHECKS[check](subject, **options)
+    limit = TOLERANCES.get(check, EXACT)
+    assert error <= limit, f"{CHECKS[check].promise}: relative error {error:.1e} is above {limit:.0e}"
+
+
+@pytest.mark.parametrize("variant", BASES)
+@pytest.mark.parametrize("check", THOROUGH)
+def test_a_stack_of_one_mixer_keeps_every_promise(check, variant):
+    holds(check, mixer_subject(variant))
+
+
+@pytest.mark.parametrize("check", THOROUGH)
+def test_a_hybrid_of_all_mixers_keeps_every_promise(check):
+    holds(check, hybrid_subject())
+
+
+@pytest.mark.parametrize("check", MIXER_CHECKS)
+@pytest.mark.parametrize("variant", [name for name in MIXER_VARIANTS if name not in BASES])
+def test_every_option_of_a_mixer_keeps_the_promises(variant, check):
+    holds(check, mixer_subject(variant))
+
+
+@pytest.mark.parametrize("check", CHANNEL_CHECKS)
+@pytest.mark.parametrize("variant", CHANNEL_VARIANTS)
+def test_every_option_of_a_channel_mixer_keeps_the_promises(variant, check):
+    holds(check, channel_subject(variant))
+
+
+@pytest.mark.parametrize("check", STRUCTURE_CHECKS)
+@pytest.mark.parametrize("variant", STRUCTURES)
+def test_every_norm_residual_and_multiplier_keeps_the_promises(variant, check):
+    holds(check, structure_subject(variant))
+
+
+@pytest.mark.parametrize("check", PAIR_CHECKS)
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_every_pair_of_parts_keeps_the_promises(name, check):
+    holds(check, pairwise_subject(name))
+
+
+def test_the_pairwise_models_hold_every_pair():
+    rows = list(PAIRWISE.values())
+    for a in FACTORS:
+        for b in FACTORS:
+            if a != b:
+                held = {(row[a], row[b]) for row in rows}
+                assert len(held) == len(FACTORS[a]) * len(FACTORS[b]), f"{a} x {b}"
+
+
+@pytest.mark.parametrize("variant", MIXER_VARIANTS)
+def test_dropping_any_part_of_the_state_moves_the_logits_by_a_hundredth_of_their_scale(variant):
+    influence = state_influence(mixer_subject(variant))
+    for name, moved in influence.items():
+        assert moved >= 0.01, f"{name} moves the logits by {moved:.1e} of their scale only"
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_dropping_any_part_of_the_state_of_a_pairwise_model_moves_the_logits(name):
+    assert min(state_influence(pairwise_subject(name)).values()) >= 0.01
+
+
+@pytest.mark.parametrize("check", ["chunked_continuation", "step_is_scan", "pads_in_stream", "packed_by_seq_idx"])
+@pytest.mark.parametrize("variant", BASES)
+def test_the_promises_hold_in_float32(variant, check):
+    assert CHECKS[check](mixer_subject(variant, torch.float32)) <= 1e-4
+
+
+@pytest.mark.parametrize("variant", BASES)
+@pytest.mark.parametrize("style", ["steps", "one call"])
+def test_rollback_takes_back_any_number_up_to_the_default_window(style, variant):
+    holds("rollback", mixer_subject(variant), window=64, lengths=(90,), styles=(style,), batch_sizes=(1,))
+
+
+@pytest.mark.parametrize("variant", BASES)
+def test_rollback_takes_back_any_number_up_to_the_default_window_in_padded_rows(variant):
+    options = {"window": 64, "lengths": (150,), "styles": ("calls",), "batch_sizes": (3,)}
+    holds("rollback", mixer_subject(variant), depths=(1, 2, 31, 63, 64), **options)
+
+
+@pytest.mark.parametrize(
+    "subject", [hybrid_subject, *(lambda v=v: mixer_subject(v) for v in BASES)], ids=["hybrid", *BASES]
+)
+def test_a_compiled_decoding_step_gives_the_eager_logits(subject):
+    holds("compiled_decode", subject())
+
+
+@pytest.mark.parametrize("variant", [name for name in MIXERS if name != "attention"])
+def test_long_inputs_give_no_nan(variant):
+    holds("long_input", mixer_subject(variant))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["attention", "attention-window_and_sinks"])
+def test_long_inputs_to_attention_give_no_nan(variant):
+    holds("long_input", mixer_subject(variant))

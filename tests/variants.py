@@ -1,0 +1,205 @@
+"""The models that the contract tests run on: every option of every registered part, small enough to be quick."""
+
+from functools import lru_cache
+from itertools import combinations, product
+from random import Random
+
+import torch
+
+from hybridlm import CHANNEL_MIXERS, MIXERS, HybridLMConfig, HybridLMForCausalLM
+from hybridlm.modeling.registry import PLACEMENTS
+from hybridlm.testing import Subject, scale_weights
+
+VOCAB_SIZE = 31
+ROPE = {"name": "rope", "theta": 100.0}
+ATTENTION = {"name": "attention", "num_heads": 4, "num_kv_heads": 2, "position": ROPE}
+WINDOW = ATTENTION | {"window": 5}
+MAMBA = {"name": "mamba", "state_size": 4}
+MAMBA2 = {"name": "mamba2", "state_size": 4, "head_dim": 8, "chunk_size": 4}
+# options that make a registered part small; a part that is not named here runs with its defaults, a little wider
+SMALL = {
+    "attention": ATTENTION,
+    "mamba": MAMBA,
+    "mamba2": MAMBA2,
+    "mlp": {"name": "mlp", "intermediate_size": 24},
+    "swiglu": {"name": "swiglu", "intermediate_size": 24},
+    "moe": {"name": "moe", "num_experts": 4, "intermediate_size": 12},
+}
+
+
+def small(name):
+    return SMALL.get(name, {"name": name})
+
+
+def rope(**scaling):
+    return ATTENTION | {"position": ROPE | {"scaling": scaling}}
+
+
+MIXER_VARIANTS = {
+    **{name: small(name) for name in MIXERS},
+    "attention-no_position": ATTENTION | {"position": {"name": "none"}},
+    "attention-multi_head": ATTENTION | {"num_kv_heads": 4},
+    "attention-multi_query": ATTENTION | {"num_kv_heads": 1},
+    "attention-wide_heads": ATTENTION | {"head_dim": 6, "scale": 0.3},
+    "attention-window": WINDOW,
+    "attention-window_of_one": WINDOW | {"window": 1},
+    "attention-window_and_sinks": WINDOW | {"num_sinks": 2},
+    "attention-window_and_one_sink": WINDOW | {"num_sinks": 1, "position": {"name": "none"}},
+    "attention-more_sinks_than_window": WINDOW | {"window": 2, "num_sinks": 4},
+    "attention-qk_norm": ATTENTION | {"qk_norm": True},
+    "attention-output_gate": ATTENTION | {"output_gate": True},
+    "attention-logit_softcap": ATTENTION | {"logit_softcap": 2.0},
+    "attention-learned_sinks": ATTENTION | {"learned_sinks": True},
+    "attention-biases": ATTENTION | {"qkv_bias": True, "out_bias": True},
+    "attention-everything": WINDOW
+    | {"num_sinks": 2, "qk_norm": True, "output_gate": True, "logit_softcap": 3.0, "learned_sinks": True}
+    | {"qkv_bias": True, "out_bias": True},
+    "attention-rope_partial": ATTENTION | {"position": ROPE | {"partial_rotary_factor": 0.5}},
+    "attention-rope_linear": rope(rope_type="linear", factor=4.0),
+    "attention-rope_yarn": rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
+    "attention-rope_llama3": rope(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    ),
+    "attention-rope_dynamic": rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16, length=64),
+    "mamba-inner_norms": MAMBA | {"inner_norms": True},
+    "mamba-biases": MAMBA | {"bias": True, "conv_bias": False},
+    "mamba-sizes": MAMBA | {"intermediate_size": 20, "dt_rank": 3, "conv_kernel": 2},
+    "mamba-no_convolution": MAMBA | {"conv_kernel": 1},
+    "mamba-activation": MAMBA | {"activation": "gelu"},
+    "mamba2-groups": MAMBA2 | {"num_groups": 2},
+    "mamba2-no_norm": MAMBA2 | {"gate_norm": False},
+    "mamba2-norm_before_gate": MAMBA2 | {"norm_before_gate": True, "num_groups": 2},
+    "mamba2-step_limits": MAMBA2 | {"dt_limit_min": 0.3, "dt_limit_max": 0.5},
+    "mamba2-biases": MAMBA2 | {"bias": True, "conv_bias": False},
+    "mamba2-sizes": MAMBA2 | {"num_heads": 3, "conv_kernel": 2, "chunk_size": 64},
+    "mamba2-no_convolution": MAMBA2 | {"conv_kernel": 1, "chunk_size": 1},
+}
+
+CHANNEL_VARIANTS = {
+    **{name: small(name) for name in CHANNEL_MIXERS},
+    "mlp-bias": small("mlp") | {"bias": True, "activation": "relu2"},
+    "swiglu-bias": small("swiglu") | {"bias": True, "activation": "gelu"},
+    "moe-losses": small("moe") | {"load_balancing_coef": 0.5, "z_loss_coef": 0.1},
+    "moe-not_renormalized": small("moe") | {"renormalize": False, "scaling_factor": 2.0},
+    "moe-sigmoid": small("moe") | {"scores": "sigmoid", "selection_bias": True, "load_balancing_coef": 0.5},
+    "moe-groups": small("moe") | {"num_groups": 2, "top_k_groups": 1, "scores": "sigmoid", "selection_bias": True},
+    "moe-shared": small("moe") | {"num_shared_experts": 2, "shared_gate": True},
+    "moe-one_of_three": small("moe") | {"num_experts": 3, "top_k": 1, "implementation": "loop"},
+}
+
+LAYER_SCALE = {"name": "add", "layer_scale": 0.7, "multiplier": 0.5}
+STRUCTURES = {
+    **{
+        f"{name}-{placement}": {"norm": {"name": name, "placement": placement}}
+        for name, placement in product(("rms", "layer"), PLACEMENTS)
+    },
+    "rms-offset": {"norm": {"name": "rms", "offset": True, "eps": 1e-3}},
+    "layer-offset_without_bias": {"norm": {"name": "layer", "offset": True, "bias": False}},
+    "layer_scale": {"residual": LAYER_SCALE},
+    "layer_scale-post": {"residual": LAYER_SCALE, "norm": {"name": "rms", "placement": "post"}},
+    "multipliers": {"embedding_multiplier": 3.0, "logit_multiplier": 0.5},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+def build(layers, **fields):
+    """A scaled float64 model: `layers` are `(mixer, channel_mixer)` entries, either may be `None`."""
+    recipes = {f"r{i}": {"mixer": mixer, "channel_mixer": channel} for i, (mixer, channel) in enumerate(layers)}
+    parts = [part["name"] for layer in layers for part in layer if part is not None]
+    config = HybridLMConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16 if all(name in SMALL for name in parts) else 64,
+        num_hidden_layers=len(layers),
+        layer_specs=recipes,
+        layer_layout=list(recipes),
+        **fields,
+    )
+    return scale_weights(HybridLMForCausalLM(config)).double()
+
+
+@lru_cache(maxsize=8)
+def mixer_subject(name, dtype=torch.float64):
+    """Two layers of one mixer, one of them with a channel mixer."""
+    mixer = MIXER_VARIANTS[name]
+    return Subject(build([(mixer, small("mlp")), (mixer, None)]).to(dtype))
+
+
+@lru_cache(maxsize=8)
+def channel_subject(name):
+    """A channel mixer behind a mixer, and alone in its layer."""
+    channel = CHANNEL_VARIANTS[name]
+    return Subject(build([(MAMBA, channel), (None, channel)]))
+
+
+@lru_cache(maxsize=8)
+def structure_subject(name):
+    """Attention and Mamba under the norms, residuals and multipliers of an entry of `STRUCTURES`."""
+    return Subject(build([(MAMBA, small("mlp")), (ATTENTION, small("swiglu"))], **STRUCTURES[name]))
+
+
+@lru_cache(maxsize=8)
+def hybrid_subject(dtype=torch.float64):
+    """Every mixer, and experts with losses, in one model."""
+    mixers = [small(name) for name in MIXERS] + [WINDOW | {"num_sinks": 2}]
+    channels = [None, CHANNEL_VARIANTS["moe-losses"]]
+    return Subject(build([(mixer, channels[i % 2]) for i, mixer in enumerate(mixers)]).to(dtype))
+
+
+def pairwise(factors, seed=0):
+    """Rows that together hold every pair of values of every two factors.
+
+    Args:
+        factors: Factor name to its values.
+        seed: Breaks ties.
+
+    Returns:
+        A list of `{factor: value}`, found greedily: each row is the best of some random ones.
+    """
+    rng, names = Random(seed), list(factors)
+    missing = {(a, x, b, y) for a, b in combinations(names, 2) for x in factors[a] for y in factors[b]}
+    rows = []
+
+    def pairs(row):
+        return {(a, row[a], b, row[b]) for a, b in combinations(names, 2)}
+
+    while missing:
+        a, x, b, y = min(missing, key=repr)
+        candidates = [{name: rng.choice(list(factors[name])) for name in names} | {a: x, b: y} for _ in range(60)]
+        rows.append(max(candidates, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(rows[-1])
+    return rows
+
+
+FACTORS = {
+    "mixer": [*MIXERS, "attention-window_and_sinks"],
+    "other": [*MIXERS, "attention-window"],
+    "channel": [*CHANNEL_MIXERS, "moe-losses", "none"],
+    "position": ["none", "rope", "yarn"],
+    "norm": ["rms", "layer"],
+    "placement": list(PLACEMENTS),
+    "tied": [False, True],
+    "residual": ["plain", "layer_scale"],
+}
+POSITIONS = {
+    "none": {"name": "none"},
+    "rope": ROPE,
+    "yarn": MIXER_VARIANTS["attention-rope_yarn"]["position"],
+}
+PAIRWISE = {"-".join(str(value) for value in row.values()): row for row in pairwise(FACTORS)}
+
+
+@lru_cache(maxsize=4)
+def pairwise_subject(name):
+    """A mixer with a channel mixer, another mixer, and attention with a position."""
+    row = PAIRWISE[name]
+    channel = None if row["channel"] == "none" else CHANNEL_VARIANTS[row["channel"]]
+    last = ATTENTION | {"position": POSITIONS[row["position"]]}
+    layers = [(MIXER_VARIANTS[row["mixer"]], channel), (MIXER_VARIANTS[row["other"]], None), (last, None)]
+    return Subject(
+        build(
+            layers,
+            norm={"name": row["norm"], "placement": row["placement"]},
+            residual={"name": "add"} if row["residual"] == "plain" else LAYER_SCALE,
+            tie_word_embeddings=row["tied"],
+        )
+    )

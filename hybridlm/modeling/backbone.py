@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import DEFAULT_RECORD_WINDOW, HybridCache
 from .channel_moe import MoE
+from .checkpoint import check_weights
 from .configuration_hybridlm import HybridLMConfig
 from .layer import HybridLMLayer
 from .masks import Compaction, SequenceInfo, compiling
@@ -73,6 +74,18 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             module.init_weights(self.config.initializer_range)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, as in transformers; a damaged file in a local folder is named.
+
+        Raises:
+            OSError: A file of weights is missing, truncated or damaged.
+        """
+        path = pretrained_model_name_or_path
+        if path is not None and Path(path).is_dir():
+            check_weights(Path(path) / (kwargs.get("subfolder") or ""), kwargs.get("variant"))
+        return super().from_pretrained(path, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

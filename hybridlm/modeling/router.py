@@ -90,9 +90,8 @@ class Router(Float32Islands):
         self.num_groups, self.top_k_groups = num_groups, top_k_groups
         self.bias_update_rate = bias_update_rate
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer(
-            "selection_bias", torch.empty(num_experts, dtype=torch.float32) if selection_bias else None
-        )
+        wide = state_dtype(torch.get_default_dtype())  # whatever type the model is built in
+        self.register_buffer("selection_bias", torch.empty(num_experts, dtype=wide) if selection_bias else None)
         self._load: Tensor | None = None
         self.init_weights(0.02)
 

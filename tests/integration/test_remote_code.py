@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -181,7 +180,7 @@ class Mine(nn.Module):
     ],
     ids=["imports-package", "imports-package-inside", "imports-neighbour", "name-clash", "local-class"],
 )  # fmt: skip
-def test_a_part_that_cannot_travel_is_named_with_the_reason(tmp_path, caplog, file, text, reason):
+def test_a_part_that_cannot_travel_is_named_with_the_reason(tmp_path, log, file, text, reason):
     folder = tmp_path / "parts"
     folder.mkdir()
     known = sys.modules.get(Path(file).stem)
@@ -191,18 +190,13 @@ def test_a_part_that_cannot_travel_is_named_with_the_reason(tmp_path, caplog, fi
         specs = {"a": {"mixer": {"name": "mamba"}, "channel_mixer": {"name": "mine"}}}
         config = HybridLMConfig(layer_specs=specs, num_hidden_layers=1, hidden_size=32)
         model = HybridLMForCausalLM(config)
-        caplog.set_level(logging.WARNING)
-        logging.getLogger("transformers").addHandler(caplog.handler)
-        logging.getLogger("hybridlm").addHandler(caplog.handler)
         model.save_pretrained(tmp_path / "model")
     finally:
         del CHANNEL_MIXERS["mine"], sys.modules[Path(file).stem]
         if known is not None:
             sys.modules[Path(file).stem] = known
-        logging.getLogger("transformers").removeHandler(caplog.handler)
-        logging.getLogger("hybridlm").removeHandler(caplog.handler)
-    assert "CHANNEL_MIXERS['mine']" in caplog.text
-    assert reason in caplog.text
+    assert "CHANNEL_MIXERS['mine']" in log.text
+    assert reason in log.text
     assert {path.name for path in (tmp_path / "model").glob("*.py")} == CODE  # and nothing half shipped
     assert "import Mine" not in (tmp_path / "model" / "registry.py").read_text()
 

@@ -133,6 +133,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
             return loss, None
         if self.training:
             count_expert_load(layers, outputs.router_logits, outputs.token_mask)
+        self._check_router_gradients(outputs.router_logits)
         aux = router_losses(
             layers,
             outputs.router_logits,
@@ -144,6 +145,17 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
         )
         aux_loss = aux["load_balancing"] + aux["z"]
         return loss + aux_loss.to(loss.device), aux_loss
+
+    def _check_router_gradients(self, router_logits: tuple[Tensor, ...]) -> None:
+        """Refuse to train router losses on logits that were recorded without a gradient."""
+        for moe, logits in zip(self.model.moe_layers, router_logits, strict=True):
+            has_loss = moe.load_balancing_coef or moe.z_loss_coef
+            wanted = torch.is_grad_enabled() and moe.router.weight.requires_grad
+            if self.training and has_loss and wanted and not logits.requires_grad:
+                raise ValueError(
+                    "gradient_checkpointing: with use_reentrant=True the router losses would have no gradient; use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
 
 
 class HybridLMForSequenceClassification(HybridLMPreTrainedModel):

@@ -1,6 +1,7 @@
 """Checks of documents packed into one row, forward and backward."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,13 +74,14 @@ def packed_gradients(subject: Subject, borders: tuple[str, ...] = ("position_ids
     generator = torch.Generator().manual_seed(subject.seed)
     shape = (1, ids.shape[1], subject.vocab_size)
     weights = torch.randn(shape, generator=generator).to(subject.reference)
+    places = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])[None]
     arguments: dict[str, dict[str, Any]] = {
-        "position_ids": {"position_ids": torch.cat([torch.arange(b - a) for a, b in zip(cuts, cuts[1:], strict=False)])[None]},
+        "position_ids": {"position_ids": places},
         "seq_idx": {"seq_idx": torch.tensor([numbers])},
         "cu_seq_lens": dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(cuts, dtype=torch.int32)),
-    }  # fmt: skip
+    }
     with torch.enable_grad():
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             logits = subject.model(input_ids=ids[:, start:stop], use_cache=False).logits
             _gradients_of(subject, logits, weights[:, start:stop])
         expected, worst = gradients(subject.model), 0.0

@@ -100,5 +100,6 @@ def state_influence(subject: Subject, num_past: int | None = None) -> dict[str, 
 
     cache, expected = subject.new_cache(), run()
     subject.forward(ids[:, :num_past], cache)
-    names = [(number, name) for number, layer in enumerate(cache.layers) for name in layer.named_tensors()]
+    tensors = [(number, *item) for number, layer in enumerate(cache.layers) for item in layer.named_tensors().items()]
+    names = [(number, name) for number, name, tensor in tensors if tensor.numel()]
     return {f"{number}.{name}": relative_error(run((number, name)), expected) for number, name in names}

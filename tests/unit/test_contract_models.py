@@ -31,6 +31,7 @@ TOLERANCES = {
 SLOW = {"compiled_decode", "long_input"}  # run apart, on fewer models
 # bigger cases of these run apart
 THOROUGH = [name for name in CHECKS if name not in SLOW]
+FORGETFUL = "attention-window_of_one"
 BASES = [*MIXERS, "attention-window_and_sinks"]
 
 # what an option of a mixer, of a channel mixer, of the structure, or a pair of parts could break
@@ -109,6 +110,8 @@ def test_a_hybrid_of_all_mixers_keeps_every_promise(check):
 @pytest.mark.parametrize("check", MIXER_CHECKS)
 @pytest.mark.parametrize("variant", [name for name in MIXER_VARIANTS if name not in BASES])
 def test_every_option_of_a_mixer_keeps_the_promises(variant, check):
+    if (variant, check) == (FORGETFUL, "causal_by_gradient"):
+        pytest.skip("no token depends on another")
     holds(check, mixer_subject(variant))
 
 
@@ -139,7 +142,7 @@ def test_the_pairwise_models_hold_every_pair():
                 assert len(held) == len(FACTORS[a]) * len(FACTORS[b]), f"{a} x {b}"
 
 
-@pytest.mark.parametrize("variant", MIXER_VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in MIXER_VARIANTS if name != FORGETFUL])
 def test_dropping_any_part_of_the_state_moves_the_logits_by_a_hundredth_of_their_scale(variant):
     influence = state_influence(mixer_subject(variant))
     for name, moved in influence.items():

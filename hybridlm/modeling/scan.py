@@ -312,14 +312,13 @@ def _ssd_step(
 ) -> tuple[Tensor, Tensor]:
     if starts is not None:
         state = state.masked_fill(starts[:, 0, None, None, None], 0.0)
-    num_groups = key.shape[2]
-    grouped = state.unflatten(1, (num_groups, -1))  # [B, G, H/G, P, N]
-    decay = torch.exp2(dt[:, 0] * rate).unflatten(1, (num_groups, -1))[..., None, None]
-    write = (dt[:, 0, :, None] * value[:, 0]).unflatten(1, (num_groups, -1))[..., None]  # [B, G, H/G, P, 1]
-    grouped = torch.addcmul(write * key[:, 0, :, None, None, :], decay, grouped)
-    output = torch.matmul(grouped.flatten(2, 3), query[:, 0, :, :, None])  # [B, G, H/G * P, 1]
-    output = output.reshape(value.shape)
-    return output if skip is None else torch.addcmul(output, value, skip[:, None]), grouped.flatten(1, 2)
+    batch, _, num_groups, state_size = key.shape
+    decay = torch.exp2(dt[:, 0] * rate)[..., None, None]
+    write = (dt[:, 0, :, None] * value[:, 0]).reshape(batch * num_groups, -1, 1)  # [B * G, H/G * P, 1]
+    key, query = key.reshape(-1, 1, state_size), query.reshape(-1, state_size, 1)
+    grouped = torch.baddbmm((decay * state).view(batch * num_groups, -1, state_size), write, key)
+    output = torch.bmm(grouped, query).view(value.shape)
+    return output if skip is None else torch.addcmul(output, value, skip[:, None]), grouped.view(state.shape)
 
 
 @dataclass

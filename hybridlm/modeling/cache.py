@@ -54,8 +54,7 @@ class HybridCache(Cache):
         record_window: int = DEFAULT_RECORD_WINDOW,
     ) -> None:
         super().__init__(layers=layers)
-        for layer in layers:
-            layer.cache = self
+        self._claim_layers()
         self.signature = signature
         self.max_length = max_length
         self.record_window = record_window
@@ -67,6 +66,14 @@ class HybridCache(Cache):
         self.calls: list[RecordedCall] = []
         self.num_marked = 0
         self._batch_size = batch_size
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._claim_layers()
+
+    def _claim_layers(self) -> None:
+        for layer in self.layers:
+            layer.cache = self
 
     @property
     def is_static(self) -> bool:
@@ -373,9 +380,7 @@ class HybridCache(Cache):
         """
         if snapshot.signature != self.signature:
             raise ValueError("snapshot: was taken from a model with another config")
-        self.__dict__.update(copy.deepcopy(snapshot).__dict__)
-        for layer in self.layers:
-            layer.cache = self
+        self.__setstate__(copy.deepcopy(snapshot).__dict__)
 
     def save(self, folder: str | Path) -> None:
         """Write the state to `folder` (safetensors and JSON); the record of the past is not kept."""

@@ -1,5 +1,6 @@
 """The cache entries of one layer, in the form that transformers' tools expect."""
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,19 @@ class HybridCacheLayer(CacheLayerMixin):
 
     def __init__(self, mixer: Any = None, channel_mixer: Any = None) -> None:
         self.mixer, self.channel_mixer = mixer, channel_mixer
-        self.cache: Any = None  # the HybridCache it belongs to
+        self._cache: weakref.ref | None = None
+
+    @property
+    def cache(self) -> Any:
+        """The `HybridCache` it belongs to, held weakly: a cycle would keep the state alive until the next collection."""
+        return None if self._cache is None else self._cache()
+
+    @cache.setter
+    def cache(self, cache: Any) -> None:
+        self._cache = weakref.ref(cache)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}  # the copy of the cache claims the copies of its layers
 
     @property
     def entries(self) -> list[Any]:

@@ -1,7 +1,7 @@
 """Tell which file of a checkpoint is missing or damaged, before any of it is loaded.
 
-A safetensors file is 8 bytes that hold the length of the header, the header in JSON, and the data. The header says where
-every tensor ends, so a file that was cut off shows without reading its data.
+A safetensors file is 8 bytes that hold the length of the header, the header in JSON, and the data. The header says
+where every tensor ends, so a file that was cut off shows without reading its data.
 """
 
 import json

@@ -69,7 +69,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
         Args:
             input_ids: As in `HybridLMModel`, like the arguments that are not named here.
             labels: `[B, T]`, the token ids; -100 is left out. They are shifted here. A label is never predicted from
-                another document.
+                another document or from a pad.
             output_router_logits: Whether to return the router logits `[B, T, E]` of each expert layer.
             logits_to_keep: Last tokens to compute logits for (0 for all), or their columns.
             kwargs: Also `shift_labels` and `num_items_in_batch`, as Trainer gives them.
@@ -123,6 +123,9 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
         if labels is not None and segments is not None:
             begins = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
             labels = labels.masked_fill(begins, -100)
+        if labels is not None and outputs.token_mask is not None:
+            after_pad = nn.functional.pad(~outputs.token_mask[:, :-1], (1, 0))
+            labels = labels.masked_fill(after_pad, -100)
         items = kwargs.get("num_items_in_batch")
         loss = self.loss_function(
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,

@@ -1,6 +1,9 @@
 """Caches in `generate`: continued, given by the user, copied, static, and those that are refused."""
 
 import copy
+import gc
+import pickle
+import weakref
 from importlib.metadata import version
 
 import pytest
@@ -201,3 +204,27 @@ def test_the_cache_of_a_bfloat16_model_keeps_recurrent_states_in_float32():
     layers = out.past_key_values.layers
     assert {layer.recurrent_states.dtype for layer in layers if layer.recurrent_states is not None} == {torch.float32}
     assert {layer.keys.dtype for layer in layers if layer.keys is not None} == {torch.bfloat16}
+
+
+def test_a_cache_that_is_dropped_frees_its_memory_at_once():
+    model, ids = shared("hybrid"), prompt()
+    gc.collect()
+    gc.disable()  # a reference cycle would hold the memory of a GPU until the next collection
+    try:
+        out = greedy(model, ids, 3, return_dict_in_generate=True)
+        tensors = [weakref.ref(t) for layer in out.past_key_values.layers for t in layer.named_tensors().values()]
+        cache = weakref.ref(out.past_key_values)
+        del out
+        assert cache() is None
+        assert not [ref for ref in tensors if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_cache_can_be_pickled():
+    model, ids = shared("hybrid"), prompt()
+    first = greedy(model, ids, 5, return_dict_in_generate=True)
+    cache = pickle.loads(pickle.dumps(first.past_key_values))
+    text = greedy(model, first.sequences, 5, past_key_values=cache)
+    torch.testing.assert_close(text, greedy_by_hand(model, ids, 10))
+    assert cache.layers[0].get_seq_length() == 18

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hybridlm.data import Documents, PackedRows, PackedStream, load_documents, load_tokenizer, pack_documents
-from hybridlm.data.documents import text_hash
+from hybridlm.data.documents import STDLIB, text_hash
 from hybridlm.data.tokenizer import BYTE_TOKENIZER
 from hybridlm.hub.cards import render_card
 from hybridlm.presets import find_config
@@ -88,7 +88,8 @@ def run(
         return {}
     results = describe_run(run_file, trainer, documents, train_data, outcome.metrics["train_runtime"])
     results |= measure_heldout(run_file, trainer, tokenizer, train_data, heldout)
-    results["shared_lines"] = shared_line_fraction(documents, heldout) if results.get("heldout") else None
+    if heldout and run_file.data.path == STDLIB:
+        results["shared_lines"] = shared_line_fraction(documents, heldout)
     results |= _publish(run_file, trainer, tokenizer, heldout, results)
     results["failures"] = unmet_demands(run_file, results)
     results["seconds"] = time.perf_counter() - started

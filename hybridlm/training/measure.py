@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
+from hybridlm.analysis.planner import plan
 from hybridlm.data import Documents, PackedRows, PackedStream
 from hybridlm.hub.cards import layer_rows
+from hybridlm.modeling.configuration_hybridlm import HybridLMConfig
 
 from .bits_per_byte import evaluate_bits_per_byte
 from .ngram import NUM_BYTES, START, WittenBell
@@ -30,10 +32,8 @@ def seen_segments(rows: PackedRows, indices: list[int]) -> list[np.ndarray]:
     return segments
 
 
-def shared_line_fraction(documents: Documents, heldout: list[str], shortest: int = 20) -> float | None:
+def shared_line_fraction(documents: Documents, heldout: list[str], shortest: int = 20) -> float:
     """Fraction of the held-out bytes in lines that training documents also hold (lines of `shortest` and more)."""
-    if documents.manifest_hash is None:
-        return None
     known = {line for row in documents.train for line in (row["text"] or "").splitlines() if len(line) >= shortest}
     lines = [line for text in heldout for line in text.splitlines(keepends=True)]
     shared = sum(len(line.encode()) for line in lines if line.rstrip("\r\n") in known)
@@ -50,6 +50,7 @@ def describe_run(
     return {
         "name": run_file.publish.name,
         "parameters": trainer.model.num_parameters(),
+        "active_parameters": _active_parameters(trainer.model.config),
         "layers": layer_rows(trainer.model.config),
         "data": {
             "path": Path(run_file.data.path).name if Path(run_file.data.path).exists() else run_file.data.path,
@@ -75,6 +76,13 @@ def describe_run(
             "python": platform.python_version(),
         },
     }
+
+
+def _active_parameters(config: PreTrainedConfig) -> int | None:
+    """Parameters that one token passes through; `None` for a model that is not ours."""
+    if config.model_type != HybridLMConfig.model_type:
+        return None
+    return plan(config).total.num_active_parameters
 
 
 def _own_version() -> str:

@@ -6,8 +6,9 @@ from typing import Any
 def summarize(results: dict[str, Any]) -> str:
     """Say what a run measured, in the order a reader asks for it."""
     data, training = results["data"], results["training"]
+    active = f" ({results['active_parameters']:,} active)" if results["active_parameters"] else ""
     lines = [
-        f"{results['name']}: {results['parameters']:,} parameters, {training['steps']} steps, "
+        f"{results['name']}: {results['parameters']:,} parameters{active}, {training['steps']} steps, "
         f"{results['tokens_seen']:,} tokens in {training['seconds']:.0f} s",
         f"data {data['path']}: {data['num_documents']} documents, {data['num_bytes']:,} bytes, "
         f"manifest {data['manifest_hash']}",

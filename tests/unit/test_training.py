@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 from torch.utils.data import default_collate
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from hybridlm.data import PackedRows, build_byte_tokenizer
 from hybridlm.hub.cards import render_card
+from hybridlm.presets import data_path
 from hybridlm.training import (
     CheckpointError,
     HybridTrainer,
@@ -108,6 +110,17 @@ def test_every_byte_is_scored_once_whatever_the_windows_and_batches(tokenizer, l
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / sum(map(len, texts)), rel=1e-5)
 
 
+def test_bits_are_counted_per_byte_also_when_a_token_holds_several(tokenizer):
+    vocabulary = {"<eos>": 0, "a": 1, "b": 2, "ab": 3}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    pairs = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    model = tiny_llama()
+    nn.init.zeros_(model.lm_head.weight)
+    score = evaluate_bits_per_byte(model, ["abab", "ba"], pairs, length=4)
+    assert (score.num_tokens, score.num_bytes) == (4, 6)
+    assert score.bits_per_byte == pytest.approx(math.log2(258) * 4 / 6)
+
+
 def test_measuring_leaves_the_model_in_its_mode_and_needs_text(tokenizer):
     model = tiny_llama().train()
     evaluate_bits_per_byte(model, ["text"], tokenizer, length=8)
@@ -183,6 +196,14 @@ def test_run_file_is_read_with_overrides_and_numbers_without_a_dot(tmp_path):
     assert (run_file.data.length, run_file.evaluation.lengths) == (32, [8])
     with pytest.raises(ValueError, match="expected path=value"):
         load_run_file(path, ["training.max_steps"])
+
+
+@pytest.mark.parametrize("path", sorted(data_path("configs", "runs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_of_the_package_is_valid_and_its_model_builds(path, tokenizer):
+    run_file = load_run_file(path.stem)
+    with torch.device("meta"):
+        model = build_model(run_file.model, tokenizer)
+    assert model.num_parameters() < 3_000_000
 
 
 def test_run_file_that_does_not_exist_or_is_not_yaml_is_named(tmp_path):

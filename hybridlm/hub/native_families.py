@@ -17,7 +17,6 @@ from .native_tables import (
     PLAIN_ATTENTION,
     PLAIN_MAMBA2,
     PLAIN_MOE,
-    SILU,
     SWIGLU,
     TOP,
     TRANSFORMER_MODULES,
@@ -113,7 +112,6 @@ def _jamba() -> Family:
             same("mamba_conv_bias", "mamba.conv_bias"),
             same("mamba_proj_bias", "mamba.bias"),
         ),
-        refused=SILU,
         fixed=PLAIN
         | PLAIN_ATTENTION
         | NO_BIAS
@@ -148,7 +146,6 @@ def _mamba() -> Family:
             same("time_step_floor", "mamba.dt_init_floor"),
         ),
         fixed=PLAIN | {"mamba.inner_norms": False},
-        refused=SILU,
         modules=MAMBA_MODULES,
     )
 
@@ -176,7 +173,6 @@ def _mamba2() -> Family:
             LIMIT,
         ),
         fixed=PLAIN | PLAIN_MAMBA2,
-        refused=SILU,
         modules=MAMBA_MODULES,
     )
 
@@ -208,7 +204,7 @@ def _bamba() -> Family:
             LIMIT,
         ),
         fixed=PLAIN | PLAIN_ATTENTION | PLAIN_MAMBA2,
-        refused=SILU | {"z_loss_coefficient": (0, None)},
+        refused={"z_loss_coefficient": (0, None)},
         modules=HYBRID_MODULES,
     )
 

@@ -202,8 +202,6 @@ def _write_limit(low: float, options: Options, config: Options) -> list[float]:
 
 
 LIMIT = Pair("time_step_limit", ("mamba2.dt_limit_min", "mamba2.dt_limit_max"), read=_read_limit, write=_write_limit)
-# the native gate is SiLU whatever the activation of the convolution; ours shares one option
-SILU = {"hidden_act": ("silu", "swish")}
 PLAIN_MAMBA2 = {"mamba2.gate_norm": True, "mamba2.norm_before_gate": False}
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class MambaMixer(Float32Islands):
         bias: Whether `in_proj` and `out_proj` have biases.
         inner_norms: Whether the low-rank step size, B and C are normalised, as in Jamba.
         norm_eps: Added to the mean square in those norms.
-        activation: After the convolution and on the gate.
+        activation: After the convolution; the gate is always SiLU.
         dt_min: Smallest initial step size.
         dt_max: Largest initial step size.
         dt_init_floor: Initial step sizes are raised to this.
@@ -127,7 +127,7 @@ class MambaMixer(Float32Islands):
         dt, key, query = self._select(value, sequence)
         rate = -self.A_log.to(dt.dtype).exp()
         output, recurrent_states = scan(value, dt, rate, key, query, self.D, recurrent_states, starts)
-        output = (output * self.activation(gate)).to(hidden_states.dtype)
+        output = (output * nn.functional.silu(gate)).to(hidden_states.dtype)
         return self.out_proj(output), RecurrentState(conv_states.to(hidden_states.dtype), recurrent_states)
 
     def _select(self, value: Tensor, sequence: SequenceInfo | None) -> tuple[Tensor, Tensor, Tensor]:

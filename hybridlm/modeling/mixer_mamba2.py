@@ -68,7 +68,7 @@ class Mamba2Mixer(Float32Islands):
         norm_before_gate: Whether the gate is applied after the norm.
         dt_limit_min: Step sizes are raised to this.
         dt_limit_max: Step sizes are lowered to this; `None` for no bound.
-        activation: After the convolution and on the gate.
+        activation: After the convolution; the gate is always SiLU.
         dt_min: Smallest initial step size.
         dt_max: Largest initial step size.
         dt_init_floor: Initial step sizes are raised to this.
@@ -187,7 +187,7 @@ class Mamba2Mixer(Float32Islands):
         dt = step_sizes(dt, self.dt_bias, mask, *self.dt_limits)
         rate = -self.A_log.to(dt.dtype).exp()
         output, recurrent_states = scan(value, dt, rate, key, query, self.D, recurrent_states, starts)
-        output, gate = output.flatten(-2), self.activation(gate)
+        output, gate = output.flatten(-2), nn.functional.silu(gate)
         output = output * gate if self.norm is None else self.norm(output, gate)
         output = self.out_proj(output.to(hidden_states.dtype))
         return output, RecurrentState(conv_states.to(hidden_states.dtype), recurrent_states)

@@ -157,7 +157,6 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path):
     [
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 has no counterpart"),
         ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient=0.1 has no counterpart"),
-        ("mamba", {"hidden_act": "gelu"}, "hidden_act='gelu' has no counterpart"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -88,7 +88,7 @@ TWINS = {
     "mamba-narrow": Twin(
         "mamba",
         MAMBA
-        | {"use_conv_bias": False, "hidden_act": "swish", "expand": 1, "time_step_rank": 5}
+        | {"use_conv_bias": False, "hidden_act": "gelu", "expand": 1, "time_step_rank": 5}
         | {"time_step_min": 0.01, "time_step_scale": 0.5},
     ),
     "mamba2": Twin("mamba2", MAMBA2),
@@ -96,6 +96,7 @@ TWINS = {
         "mamba2",
         MAMBA2
         | {"n_groups": 2, "use_bias": True, "tie_word_embeddings": True, "residual_in_fp32": False, "chunk_size": 4}
+        | {"hidden_act": "gelu"}
         | {"time_step_limit": (0.3, 0.8)},
     ),
     "mamba2-heads": Twin(

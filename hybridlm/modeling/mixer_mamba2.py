@@ -14,7 +14,7 @@ from .conv import CausalConv1d
 from .masks import SequenceInfo
 from .precision import Float32Islands, state_dtype
 from .recurrent import RecurrentState, check_step_sizes, init_dt_bias, step_sizes
-from .scan import ssd_scan, ssd_scan_reference
+from .ssd import ssd_scan, ssd_scan_reference
 
 
 class GatedRMSNorm(nn.Module):

@@ -6,7 +6,8 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from hybridlm.modeling import scan
-from hybridlm.modeling.scan import selective_scan, selective_scan_reference, ssd_scan, ssd_scan_reference
+from hybridlm.modeling.scan import selective_scan, selective_scan_reference
+from hybridlm.modeling.ssd import ssd_scan, ssd_scan_reference
 
 
 def selective_inputs(batch=2, tokens=11, channels=3, states=2, dtype=torch.float64):

@@ -21,7 +21,7 @@ class HybridCacheLayer(CacheLayerMixin):
 
     @property
     def cache(self) -> Any:
-        """The `HybridCache` it belongs to, held weakly: a cycle would keep the state alive until the next collection."""
+        """The `HybridCache` it belongs to, held weakly: in a cycle the state would live until garbage is collected."""
         return None if self._cache is None else self._cache()
 
     @cache.setter

@@ -311,7 +311,7 @@ class AttentionMixer(nn.Module):
             implementation = "eager"
         causal = key_index is None and query.shape[2] > 1
         if "flash" in implementation:
-            mask, flash = self._flash_options(key_index, sequence)
+            mask, flash = self._flash_options(key_index, key.shape[2], sequence)
             options.update(flash)
         elif implementation == "flex_attention":
             mask = self._block_mask(key_index, key.shape[2], query, sequence)
@@ -320,14 +320,22 @@ class AttentionMixer(nn.Module):
             options["is_causal"] = causal and mask is None
         return self.product(query, key, value, mask, implementation, **options)[0]
 
-    def _flash_options(self, key_index: Tensor | None, sequence: SequenceInfo) -> tuple[None, dict[str, Any]]:
+    def _flash_options(
+        self, key_index: Tensor | None, num_keys: int, sequence: SequenceInfo
+    ) -> tuple[None, dict[str, Any]]:
         """Flash kernels know causal order, a window and lengths of documents, but no mask."""
         options: dict[str, Any] = {"is_causal": True, "sliding_window": self.window}
-        ragged = key_index is not None and sequence.uniform_past is None
+        past = sequence.uniform_past
+        ragged = key_index is not None and (past is None or num_keys != past + sequence.num_tokens)
+        if self.sinks is not None:
+            raise ValueError(
+                "attn_implementation: most flash kernels drop learned_sinks without a word; use 'eager' or "
+                "'flex_attention'"
+            )
         if self.num_sinks or ragged or (key_index is not None and sequence.doc_start is not None):
             raise ValueError(
-                "attn_implementation: flash attention cannot express attention sinks, or a cache whose rows have "
-                "different lengths or several documents; use 'sdpa'"
+                "attn_implementation: flash attention cannot express attention sinks, a static cache, or a cache whose "
+                "rows have different lengths or several documents; use 'sdpa'"
             )
         if self.window is not None and key_index is not None:
             raise ValueError("attn_implementation: flash attention cannot read a windowed cache; use 'sdpa'")

@@ -52,15 +52,15 @@ class Check:
 
 
 def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
-    """Largest difference as a fraction of `scale`, by default the largest expected value; `inf` if any is not finite."""
+    """Largest difference as a fraction of `scale`, by default of the largest expected value; `inf` if not finite."""
     assert actual.shape == expected.shape, f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}"
     if not bool(torch.isfinite(actual).all()):
         return math.inf
     if actual.numel() == 0:
         return 0.0
     wide = torch.promote_types(actual.dtype, torch.float32)
-    difference = float((actual.to(wide) - expected.to(wide)).abs().max())
-    scale = float(expected.abs().max()) if scale is None else scale
+    difference = float((actual.detach().to(wide) - expected.detach().to(wide)).abs().max())
+    scale = float(expected.detach().abs().max()) if scale is None else scale
     return difference / scale if scale else (math.inf if difference else 0.0)
 
 
@@ -74,6 +74,8 @@ class Subject:
         num_tokens: T of random ids.
         seed: Where all random choices start.
     """
+
+    cache_argument = "past_key_values"
 
     def __init__(
         self,
@@ -113,6 +115,18 @@ class Subject:
         """Token ids of the given shape."""
         ids = [rng.randrange(self.vocab_size) for _ in range(math.prod(shape))]
         return torch.tensor(ids, device=self.model.device).view(shape)
+
+    def like(self, model: nn.Module, input_ids: Tensor | None = None, **options: Any) -> "Subject":
+        """Another model under the same conventions and with the same seed."""
+        return type(self)(model, input_ids, seed=self.seed, **options)
+
+    def arguments(self, cache: Any = None, **arguments: Any) -> dict[str, Any]:
+        """The arguments of `forward`, the cache among them under its name."""
+        return arguments if cache is None else {self.cache_argument: cache, **arguments}
+
+    def call(self, model: nn.Module | None = None, cache: Any = None, **arguments: Any) -> Any:
+        """Outputs of `forward` of this model or of a copy."""
+        return (self.model if model is None else model)(**self.arguments(cache, **arguments))
 
     def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
         """Logits `[B, T, V]` without gradients; without a cache unless one is given."""

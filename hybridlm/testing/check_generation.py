@@ -17,8 +17,24 @@ def _generate(subject: Subject, input_ids: Tensor, num_tokens: int, **options: A
         return subject.model.generate(input_ids, **options)
 
 
-def _same_tokens(actual: Tensor, expected: Tensor) -> float:
-    return 0.0 if torch.equal(actual, expected) else math.inf
+def _text_error(subject: Subject, actual: Tensor, expected: Tensor, mask: Tensor | None = None) -> float:
+    """How far two greedy texts `[B, T]` differ.
+
+    Returns:
+        Where they part, the distance of the two tokens' logits in one full forward, relative to the largest logit: 0
+        for a tie, which rounding may decide. `mask` `[B, T]` tells the pads of the prompt.
+    """
+    if torch.equal(actual, expected):
+        return 0.0
+    if actual.shape != expected.shape:
+        return math.inf
+    worst = 0.0
+    for b in (actual != expected).any(1).nonzero()[:, 0].tolist():
+        place = int((actual[b] != expected[b]).nonzero()[0])
+        before = expected[b, :place] if mask is None else expected[b, :place][mask[b].bool().nonzero()[0, 0] :]
+        logits = subject.forward(before[None])[0, -1]
+        worst = max(worst, float((logits[actual[b, place]] - logits[expected[b, place]]).abs()) / subject.scale)
+    return worst
 
 
 def greedy_with_cache(subject: Subject, num_tokens: int = 8) -> float:
@@ -27,7 +43,7 @@ def greedy_with_cache(subject: Subject, num_tokens: int = 8) -> float:
     with_cache = _generate(subject, prompt, num_tokens, output_logits=True)
     without = _generate(subject, prompt, num_tokens, output_logits=True, use_cache=False)
     if not torch.equal(with_cache.sequences, without.sequences):
-        return math.inf
+        return _text_error(subject, with_cache.sequences, without.sequences)
     return max(subject.error(a, b) for a, b in zip(with_cache.logits, without.logits, strict=True))
 
 
@@ -49,12 +65,12 @@ def left_padded_generation(subject: Subject, widths: tuple[int, ...] = (1, 6), n
 
 def beams_with_cache(subject: Subject, num_tokens: int = 6) -> float:
     """Beam search with a cache gives the text of beam search without."""
-    options = {"num_beams": 3}
+    options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
     prompt = subject.input_ids[:2, :7]
     with_cache = _generate(subject, prompt, num_tokens, **options)
-    return _same_tokens(
-        with_cache.sequences, _generate(subject, prompt, num_tokens, use_cache=False, **options).sequences
-    )
+    without = _generate(subject, prompt, num_tokens, use_cache=False, **options)
+    # a tie may be decided either way, and then the scores are the same
+    return subject.error(with_cache.sequences_scores, without.sequences_scores)
 
 
 def prompt_lookup(subject: Subject, num_tokens: int = 12) -> float:
@@ -63,7 +79,7 @@ def prompt_lookup(subject: Subject, num_tokens: int = 12) -> float:
     prompt = torch.cat([once, once, once[:, :5]], dim=1)
     greedy = _generate(subject, prompt, num_tokens)
     looked_up = _generate(subject, prompt, num_tokens, prompt_lookup_num_tokens=5)
-    return _same_tokens(looked_up.sequences, greedy.sequences)
+    return _text_error(subject, looked_up.sequences, greedy.sequences)
 
 
 def assisted(subject: Subject, num_tokens: int = 12, noise: float = 0.02) -> float:
@@ -75,7 +91,7 @@ def assisted(subject: Subject, num_tokens: int = 12, noise: float = 0.02) -> flo
     worst = 0.0
     for _ in range(2):
         drafted = _generate(subject, prompt, num_tokens, assistant_model=assistant)
-        worst = max(worst, _same_tokens(drafted.sequences, greedy.sequences))
+        worst = max(worst, _text_error(subject, drafted.sequences, greedy.sequences))
         with torch.no_grad():
             for parameter in assistant.parameters():
                 size = noise * float(parameter.abs().mean())
@@ -89,7 +105,7 @@ def prefill_in_chunks(subject: Subject, num_tokens: int = 4) -> float:
     whole = _generate(subject, prompt, num_tokens, output_logits=True)
     chunked = _generate(subject, prompt, num_tokens, output_logits=True, prefill_chunk_size=5)
     if not torch.equal(whole.sequences, chunked.sequences):
-        return math.inf
+        return _text_error(subject, chunked.sequences, whole.sequences)
     return max(subject.error(a, b) for a, b in zip(chunked.logits, whole.logits, strict=True))
 
 
@@ -101,7 +117,7 @@ def generation_goes_on(subject: Subject, num_tokens: int = 5) -> float:
     if first.past_key_values is None:
         raise NotApplicable("generate returns no cache")
     second = _generate(subject, first.sequences, num_tokens, past_key_values=first.past_key_values)
-    return _same_tokens(second.sequences, long.sequences)
+    return _text_error(subject, second.sequences, long.sequences)
 
 
 def generation_with_static_cache(subject: Subject, num_tokens: int = 6) -> float:
@@ -111,6 +127,5 @@ def generation_with_static_cache(subject: Subject, num_tokens: int = 6) -> float
     mask[-1, :4] = 0
     default = _generate(subject, prompt, num_tokens, attention_mask=mask)
     options = {"cache_implementation": "static", "disable_compile": True}
-    return _same_tokens(
-        _generate(subject, prompt, num_tokens, attention_mask=mask, **options).sequences, default.sequences
-    )
+    static = _generate(subject, prompt, num_tokens, attention_mask=mask, **options)
+    return _text_error(subject, static.sequences, default.sequences, mask)

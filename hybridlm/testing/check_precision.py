@@ -14,8 +14,8 @@ def bf16_is_close(subject: Subject) -> float:
         The root mean square of the difference as a fraction of that of the float32 logits: a near tie between two
         experts may move single logits far.
     """
-    wide = Subject(subject.copy_of_model().float(), subject.input_ids)
-    narrow = Subject(subject.copy_of_model().float().bfloat16(), subject.input_ids)
+    wide = subject.like(subject.copy_of_model().float(), subject.input_ids)
+    narrow = subject.like(subject.copy_of_model().float().bfloat16(), subject.input_ids)
     assert narrow.reference.dtype == torch.bfloat16, f"bfloat16 weights gave {narrow.reference.dtype} logits"
     cache = narrow.new_cache()
     steps = [narrow.forward(ids, cache) for ids in subject.input_ids.split(1, dim=1)]
@@ -30,7 +30,7 @@ def bf16_is_close(subject: Subject) -> float:
 
 def recurrent_states_are_wide(subject: Subject) -> float:
     """In a bfloat16 model recurrent states are float32."""
-    narrow = Subject(subject.copy_of_model().float().bfloat16(), subject.input_ids)
+    narrow = subject.like(subject.copy_of_model().float().bfloat16(), subject.input_ids)
     cache = narrow.new_cache()
     narrow.forward(subject.input_ids, cache)
     for number, layer in enumerate(cache.layers):
@@ -42,7 +42,7 @@ def recurrent_states_are_wide(subject: Subject) -> float:
 def long_input(subject: Subject, num_tokens: int = 16384, dtype: torch.dtype = torch.bfloat16) -> float:
     """Long inputs give no inf and no NaN, whole and when decoding goes on after them."""
     model = subject.copy_of_model().float().to(dtype)
-    long = Subject(model, batch_size=1, num_tokens=num_tokens, seed=subject.seed)
+    long = subject.like(model, batch_size=1, num_tokens=num_tokens)
     cache = long.new_cache()
     logits = [long.forward(long.input_ids, cache)]
     logits += [long.forward(long.input_ids[:, t : t + 1], cache) for t in range(4)]

@@ -1,7 +1,7 @@
 """A stream of calls through one cache, and what every call must give.
 
-Every row is a list of columns, each a token of a numbered document or a pad. Whatever the calls, the crops and the moves
-of rows, the logits of a token are those that one full forward of its document gives at its place.
+Every row is a list of columns, each a token of a numbered document or a pad. Whatever the calls, the crops and the
+moves of rows, the logits of a token are those that one full forward of its document gives at its place.
 
 Shapes: B batch, T tokens of a call, V vocabulary.
 """

@@ -21,6 +21,7 @@ from .modeling.modeling_hybridlm import (
     HybridLMForTokenClassification,
     HybridLMModel,
 )
+from .modeling.quantization import quantization_skip_modules
 from .modeling.registry import CHANNEL_MIXERS, MIXERS
 
 __version__ = "0.1.0"
@@ -45,4 +46,5 @@ __all__ = [
     "HybridLMForSequenceClassification",
     "HybridLMForTokenClassification",
     "HybridLMModel",
+    "quantization_skip_modules",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -24,10 +25,13 @@ from .layer import HybridLMLayer
 from .masks import Compaction, SequenceInfo, compiling
 from .mixer_attention import AttentionProduct
 from .norms import build_norm
+from .quantization import with_skip_list
 from .registry import resolve_config
 from .remote_code import auto_map, foreign_parts, ship_code
 from .router import Router
 from .stream import RowState, build_sequence, current_mask
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass
@@ -77,7 +81,9 @@ class HybridLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
-        """Load a model, as in transformers; a damaged file in a local folder is named.
+        """Load a model, as in transformers.
+
+        A damaged file in a local folder is named, and quantization leaves out `quantization_skip_modules`.
 
         Raises:
             OSError: A file of weights is missing, truncated or damaged.
@@ -85,6 +91,12 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         path = pretrained_model_name_or_path
         if path is not None and Path(path).is_dir():
             check_weights(Path(path) / (kwargs.get("subfolder") or ""), kwargs.get("variant"))
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.get("config")
+            if not isinstance(config, PreTrainedConfig):
+                hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+                config = cls.config_class.from_pretrained(path if config is None else config, **hub)
+            kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], config)
         return super().from_pretrained(path, *args, **kwargs)
 
     @classmethod

@@ -221,6 +221,8 @@ class MoE(nn.Module):
         dropout: Probability of dropping an output in training.
     """
 
+    full_precision = ("router", "shared_expert_gate")
+
     def __init__(
         self,
         hidden_size: int,

@@ -41,6 +41,7 @@ class MambaMixer(Float32Islands):
     """
 
     float32_names = ("A_log", "D", "dt_bias")
+    full_precision = ("x_proj", "dt_proj")
     state_type = RecurrentState
 
     def __init__(

@@ -77,6 +77,7 @@ class Mamba2Mixer(Float32Islands):
     """
 
     float32_names = ("A_log", "D", "dt_bias")
+    full_precision = ("in_proj",)  # it makes the step sizes, B and C too
     state_type = RecurrentState
 
     def __init__(

@@ -1,7 +1,7 @@
 """What flash attention is given, and what is refused because its kernels cannot express it.
 
 The kernels need a GPU, so a stand-in computes what they would from the options that they know: causal order aligned to
-the last key, a window, borders of documents in one row. It is registered under a name with `flash` in it, as theirs are.
+the last key, a window, borders of documents in one row. Its name has `flash` in it, as theirs do.
 """
 
 import pytest

@@ -1,0 +1,224 @@
+"""Remove each guard of the state from each mixer in turn, run the contract tests, and see a named test fail.
+
+    python tests/mutants.py                               the table; exit status 1 if a mutant survives
+    python tests/mutants.py --mutant mamba:initial_state  the tests of one mutant, in full
+
+A guard is what makes a promise true inside a mixer: a document that begins resets the state, a pad leaves it alone, a
+call begins from the state that it is given, and `crop` restores an earlier one.
+"""
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
+
+GUARDS = {
+    "document_reset": "a document that begins forgets the one before",
+    "pad_identity": "a pad changes no state",
+    "initial_state": "a call begins from the state that it is given",
+    "state_rollback": "crop restores an earlier state",
+}
+HALVES = ("convolution", "recurrence")  # of a mixer with both, a guard can be removed from one alone
+# removing it changes nothing that a test could see
+NO_GUARD = {
+    ("attention", "state_rollback"): "cannot exist: a key lies at its token's index, and no query sees a larger index",
+}
+CHECKS = (
+    "chunked_continuation",
+    "right_padding",
+    "pads_in_stream",
+    "packed_by_seq_idx",
+    "packed_gradients",
+    "rollback_again_and_again",
+    "anything_goes",
+)
+PART_TESTS = (
+    "test_forward_is_the_reference",
+    "test_whatever_pads_hold_the_state_is_that_of_the_real_tokens",
+    "test_a_document_that_begins_forgets_everything",
+)
+
+
+def mixers():
+    """The mixers by the names of their variants: every registered one, attention without and with a window."""
+    from test_contract_models import BASES
+
+    return list(BASES)
+
+
+def mutants(mixer):
+    """The cells of a mixer: `(mixer, guard)`, where a guard may name a half: `"initial_state/convolution"`."""
+    from variants import MIXER_VARIANTS, build
+
+    halves = hasattr(build([(MIXER_VARIANTS[mixer], None)]).model.layers[0].mixer, "conv1d")
+    cells = []
+    for guard in GUARDS:
+        cells.append((mixer, guard))
+        if halves and guard != "state_rollback":
+            cells += [(mixer, f"{guard}/{half}") for half in HALVES]
+    return cells
+
+
+def without_borders(sequence):
+    """The call as one document, which goes on from the past."""
+    nothing = dict.fromkeys(("starts", "segment_ids", "doc_start", "past_doc_start"))
+    return replace(sequence, **nothing, memo={})
+
+
+def with_pads_as_tokens(sequence, state, half):
+    """The call with its pads taken for tokens."""
+    if half == "convolution":
+        return replace(sequence, lengths=None, memo={})
+    if half == "recurrence":
+        return replace(sequence, token_mask=None, memo={})
+    sequence = replace(sequence, lengths=None, token_mask=None, memo={})
+    if hasattr(state, "append"):  # pads take a place among the keys
+        start = state.length
+        index = start + sequence.index - sequence.index[:, :1]
+        sequence = replace(sequence, index=index, uniform_past=start if state.max_length is None else None)
+    return sequence
+
+
+def without_state(state, half):
+    """No state, or one with a half of it set to zero."""
+    if half is None or state is None:
+        return None
+    name = {"convolution": "conv_states", "recurrence": "recurrent_states"}[half]
+    return replace(state, **{name: getattr(state, name) * 0})
+
+
+def break_forward(mixer, guard, half):
+    """Patch the mixer's class; instances of another variant of it (attention with a window) are left alone."""
+    from variants import MIXER_VARIANTS
+
+    from hybridlm import MIXERS
+
+    part, window = MIXERS[MIXER_VARIANTS[mixer]["name"]], MIXER_VARIANTS[mixer].get("window")
+    forward = part.forward
+
+    def broken(self, hidden_states, state=None, sequence=None):
+        if sequence is None or getattr(self, "window", None) != window:
+            return forward(self, hidden_states, state, sequence)
+        if guard == "initial_state":
+            state = without_state(state, half)
+        elif guard == "pad_identity":
+            sequence = with_pads_as_tokens(sequence, state, half)
+        elif half is None:
+            sequence = without_borders(sequence)
+        else:
+            sequence = break_border(self, sequence, half)
+        return forward(self, hidden_states, state, sequence)
+
+    part.forward = broken
+
+
+def break_border(part, sequence, half):
+    """Let documents run into one another in one half of a mixer."""
+    convolve, starts = type(part.conv1d).forward, None if half == "convolution" else sequence.starts
+
+    def convolve_with(inputs, tail=None, _=None, lengths=None):
+        return convolve(part.conv1d, inputs, tail, starts, lengths)
+
+    part.conv1d.forward = convolve_with
+    return sequence if half == "convolution" else without_borders(sequence)
+
+
+def break_rollback(mixer):
+    """Let `crop` keep the state that counts the removed tokens in."""
+    from variants import MIXER_VARIANTS
+
+    from hybridlm import MIXERS
+    from hybridlm.modeling.cache_entries import AttentionEntry, RecurrentEntry
+
+    if mixer == "attention":
+        AttentionEntry.rollback = lambda *_: None
+    part, window = MIXERS[MIXER_VARIANTS[mixer]["name"]], MIXER_VARIANTS[mixer].get("window")
+    run = RecurrentEntry.run
+
+    def broken(self, module, hidden_states, sequence):
+        if isinstance(module, part) and getattr(module, "window", None) == window:
+            self.stale = False
+        return run(self, module, hidden_states, sequence)
+
+    RecurrentEntry.run = broken
+
+
+def tests_of(mixer):
+    """The quick contract tests of a mixer."""
+    models, parts = ROOT / "tests/unit/test_contract_models.py", ROOT / "tests/unit/test_mixer_contract.py"
+    checks = [f"{models}::test_a_stack_of_one_mixer_keeps_every_promise[{check}-{mixer}]" for check in CHECKS]
+    return checks + [f"{parts}::{test}[{mixer}]" for test in PART_TESTS]
+
+
+class Recorder:
+    """Remembers which tests ran and which failed."""
+
+    def __init__(self):
+        self.ran, self.failed = [], []
+
+    def pytest_runtest_logreport(self, report):
+        name = report.nodeid.split("::")[-1]
+        if report.when == "call":
+            self.ran.append(name)
+        if report.failed:
+            self.failed.append(name)
+
+
+def run_mutant(cell, loud=False):
+    """Break one mixer in this process and run its tests; return what ran, what failed, and what was printed."""
+    import pytest
+
+    mixer, (guard, _, half) = cell[0], cell[1].partition("/")
+    if guard == "state_rollback":
+        break_rollback(mixer)
+    elif guard != "none":
+        break_forward(mixer, guard, half or None)
+    recorder, printed = Recorder(), io.StringIO()
+    arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={ROOT}", *tests_of(mixer)]
+    with contextlib.nullcontext() if loud else contextlib.redirect_stdout(printed):
+        pytest.main(arguments, [recorder])
+    return recorder.ran, recorder.failed, printed.getvalue()
+
+
+def describe(cell, ran, failed, printed):
+    """The last column of a line, and whether the cell is as it must be."""
+    if len(ran) != len(tests_of(cell[0])):
+        return f"the tests did not run: {printed[-2000:]}", False
+    if cell[1] == "none":
+        return f"all {len(ran)} tests pass" if not failed else f"FAILS {failed}", not failed
+    if failed:
+        return f"{failed[0]} ({len(failed)} of {len(ran)} fail)", True
+    return NO_GUARD.get(cell, f"SURVIVES all {len(ran)} tests"), cell in NO_GUARD
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mutant", help="mixer:guard, or mixer:guard/half; mixer:none changes nothing")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
+    arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if arguments.mutant:
+        return bool(run_mutant(tuple(arguments.mutant.split(":")), loud=True)[1])
+    started, good = time.time(), True
+    cells = [cell for mixer in mixers() for cell in [(mixer, "none"), *mutants(mixer)]]
+    print(f"{'mixer':28}{'removed guard':28}failing test", flush=True)
+    # every mutant is a fork of this process, which has imported everything, and is patched and gone after its tests
+    with multiprocessing.get_context("fork").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        for cell, result in zip(cells, pool.imap(run_mutant, cells), strict=True):
+            text, fine = describe(cell, *result)
+            good &= fine
+            print(f"{cell[0]:28}{cell[1]:28}{text}", flush=True)
+    print(f"{len(cells)} cells in {time.time() - started:.0f} s: {'every mutant is caught' if good else 'NOT GOOD'}")
+    return not good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import DEFAULT_RECORD_WINDOW, HybridCache
 from .channel_moe import MoE
-from .checkpoint import check_weights
+from .checkpoint import align_tensors, check_weights
 from .configuration_hybridlm import HybridLMConfig
 from .layer import HybridLMLayer
 from .masks import Compaction, SequenceInfo, compiling
@@ -97,7 +97,9 @@ class HybridLMPreTrainedModel(PreTrainedModel):
                 hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
                 config = cls.config_class.from_pretrained(path if config is None else config, **hub)
             kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], config)
-        return super().from_pretrained(path, *args, **kwargs)
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        align_tensors(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -141,10 +143,10 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             record_window: Tokens that `crop` can take back once `activate_past_recording` was called.
 
         Raises:
-            ValueError: A static cache without `max_length`.
+            ValueError: A static cache without a positive `max_length`.
         """
-        if static and max_length is None:
-            raise ValueError("max_length: a static cache needs it")
+        if static and (max_length is None or max_length < 1):
+            raise ValueError(f"max_length: a static cache needs it, at least 1, got {max_length}")
         length = max_length if static else None
         layers = [layer.new_entry(length) for layer in self.base_model.layers]
         return HybridCache(layers, self.base_model.signature, batch_size, length, record_window)
@@ -206,6 +208,8 @@ class HybridLMModel(HybridLMPreTrainedModel):
             raise ValueError(f"{name}: expected {'[B, T, D]' if input_ids is None else '[B, T]'}, got {given.shape}")
         if given.shape[0] == 0 or given.shape[1] == 0:
             raise ValueError(f"{name}: expected at least one row and one token, got shape {tuple(given.shape)}")
+        if input_ids is None and given.shape[2] != self.config.hidden_size:
+            raise ValueError(f"{name}: expected hidden_size={self.config.hidden_size} values, got {given.shape[2]}")
         if input_ids is not None and input_ids.device.type == "cpu" and not compiling():
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
@@ -257,7 +261,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
         reads_past = cache is not None and isinstance(attention_mask, Tensor) and not compiling()
         num_past = cache.num_columns if reads_past else 0
         real = current_mask(attention_mask, batch, length, num_past)
-        if real is not None and cache is None and device.type == "cpu" and not compiling():
+        if real is not None and past_key_values is None and device.type == "cpu" and not compiling():
             empty = (~real.any(1)).nonzero()
             if empty.numel():
                 raise ValueError(f"attention_mask: row {int(empty[0])} has no real token")

@@ -49,6 +49,10 @@ def test_a_loaded_model_has_the_same_bits(stack, tied, tmp_path):
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"]
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    with torch.no_grad():
+        for length in (1, 2, 5, 40, 120):  # experts have a path for few tokens and one for many
+            ids = prompt(2, length)
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert loaded.config.to_diff_dict() | {"_name_or_path": ""} == model.config.to_diff_dict() | {"_name_or_path": ""}
 
@@ -290,3 +294,17 @@ def test_a_parameter_that_changes_on_loading_is_no_part_of_the_class(tmp_path):
         loaded = HybridLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
     assert HybridLMForCausalLM(config_of("mamba")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_loaded_model_decodes_with_the_same_bits(stack, tmp_path):
+    model = build(stack, torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    caches = model.new_cache(), loaded.new_cache()
+    with torch.no_grad():
+        for part in prompt(1, 12).split([5, 1, 1, 4, 1], dim=1):
+            here, there = (
+                m(part, past_key_values=cache).logits for m, cache in zip((model, loaded), caches, strict=True)
+            )
+            assert torch.equal(here, there)

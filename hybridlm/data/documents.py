@@ -17,8 +17,10 @@ import datasets
 STDLIB = "stdlib"
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".rst": "text"}
 KINDS |= {".py": "text"}
-# tests are left out because some distributions leave them out; `_sysconfigdata*` holds the paths of one machine
+# tests are left out because some distributions leave them out
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+# files that belong to one machine: its paths, its administrator's settings
+OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def stdlib_files(root: Path | None = None) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
-        sources = [name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        sources = [name for name in names if name.endswith(".py") and not name.startswith(OF_ONE_MACHINE)]
         found += [Path(folder, name) for name in sources]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 

@@ -109,10 +109,7 @@ class HybridTrainer(Trainer):
         return self.train_sampler
 
     def rows_seen(self) -> list[int]:
-        """Indices of the rows that training has read so far, each once.
-
-        Exact for whole batches of one size; a last, smaller batch of an epoch is counted by `dataloader_drop_last`.
-        """
+        """Indices of the rows that training has learnt from so far, each once and in order."""
         assert self.train_sampler is not None, "rows_seen needs a map-style data set and a started training"
         num_rows = self.train_sampler.num_rows
         batch_rows = self.args.per_device_train_batch_size * self.args.world_size

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .hub.lora import lora_targets
 from .modeling.cache import HybridCache
 from .modeling.configuration_hybridlm import HybridLMConfig
 from .modeling.modeling_hybridlm import (
@@ -46,5 +47,6 @@ __all__ = [
     "HybridLMForSequenceClassification",
     "HybridLMForTokenClassification",
     "HybridLMModel",
+    "lora_targets",
     "quantization_skip_modules",
 ]

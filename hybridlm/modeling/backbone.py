@@ -118,7 +118,8 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         """
         self.config.auto_map = auto_map()
         super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        only_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        if kwargs.get("is_main_process", True) and not only_adapters:
             ship_code(save_directory, foreign_parts(self.config))
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:

@@ -148,13 +148,15 @@ class HybridCache(Cache):
         expected = self.batch_size
         if expected not in (-1, batch):
             raise ValueError(f"past_key_values: holds {expected} rows, got a batch of {batch}")
-        if self.rows is None:
-            self.rows, self.device = RowState.fresh(batch, device), device
-            if self.is_static:
-                self._columns = torch.zeros((), dtype=torch.long, device=device)
-                for tensor in (self._columns, *self.rows.tensors()):
-                    torch._dynamo.mark_static_address(tensor)
-        return self.rows
+        return RowState.fresh(batch, device) if self.rows is None else self.rows
+
+    def _begin(self, batch: int, device: torch.device) -> None:
+        """Take the number of rows from the first call that was accepted."""
+        self.rows, self.device = RowState.fresh(batch, device), device
+        if self.is_static:
+            self._columns = torch.zeros((), dtype=torch.long, device=device)
+            for tensor in (self._columns, *self.rows.tensors()):
+                torch._dynamo.mark_static_address(tensor)
 
     def plan(self, sequence: SequenceInfo) -> None:
         """Decide where the checkpoints of this call lie, before its layers run.
@@ -163,9 +165,11 @@ class HybridCache(Cache):
             ValueError: A row does not fit into a static cache.
         """
         if self.is_static and not compiling() and self.num_columns + sequence.num_tokens > self.max_length:
-            longest = int(self.rows.num_tokens.max()) + sequence.num_tokens
+            longest = sequence.num_tokens + (0 if self.rows is None else int(self.rows.num_tokens.max()))
             if longest > self.max_length:
                 raise ValueError(f"past_key_values: {longest} tokens do not fit into max_length={self.max_length}")
+        if self.rows is None:
+            self._begin(sequence.index.shape[0], sequence.index.device)
         if not self.recording:
             return
         shortest = sequence.num_tokens if sequence.lengths is None else int(sequence.lengths.min())

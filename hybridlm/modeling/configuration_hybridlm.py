@@ -75,7 +75,7 @@ class HybridLMConfig(PreTrainedConfig):
     """
 
     model_type = "hybridlm"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits"]
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
 
     vocab_size: int = 257
     hidden_size: int = 256
@@ -132,6 +132,10 @@ class HybridLMConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(f"embedding_dropout: {self.embedding_dropout}, expected at least 0 and below 1")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range: {self.initializer_range}, expected at least 0")
         if not self.layer_specs:
             raise ValueError("layer_specs: empty, expected at least one recipe")
         if len(self.layer_layout) != self.num_hidden_layers:
@@ -175,7 +179,8 @@ class HybridLMConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """Width of a head of the first attention layer."""
-        return self._first("mixer", ("attention",)).get("head_dim") or self.hidden_size // self.num_attention_heads
+        heads = max(self.num_attention_heads, 1)  # a wrong number is refused when the model is built
+        return self._first("mixer", ("attention",)).get("head_dim") or self.hidden_size // heads
 
     @property
     def intermediate_size(self) -> int:

@@ -169,7 +169,10 @@ class AttentionMixer(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=qk_norm_eps) if qk_norm else None
         self.sinks = nn.Parameter(torch.empty(num_heads)) if learned_sinks else None
         options = {"name": "none"} if position is None else dict(position)
-        self.position = POSITIONS[options.pop("name")](self.head_dim, **options)
+        try:
+            self.position = POSITIONS[options.pop("name")](self.head_dim, **options)
+        except ValueError as error:
+            raise ValueError(f"position.{error}") from error
         scaling = self.head_dim**-0.5 if scale is None else scale
         self.product = AttentionProduct(num_heads // num_kv_heads, scaling)
         self.init_weights(0.02)

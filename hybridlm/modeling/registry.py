@@ -175,4 +175,5 @@ def _resolve_recipe(recipe: str, spec: Any, hidden_size: int) -> dict:
         resolved[half] = entry
     if spec.get("norm") is not None:
         resolved["norm"] = resolve_norm(spec["norm"], f"{path}.norm")
+        build_part(resolved["norm"], NORMS, f"{path}.norm", hidden_size)
     return resolved

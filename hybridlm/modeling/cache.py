@@ -189,6 +189,7 @@ class HybridCache(Cache):
             if sequence.parts:
                 part, offset = sequence.parts[-1], sequence.parts[0].num_tokens
                 self.calls, self.num_marked = [], 0
+            part.memo.clear()  # masks as wide as the past
             facts = (sequence.positions, sequence.seq_idx)
             self.calls.append(RecordedCall(num_columns, real, part, offset, self.rows, *facts))
         self._columns += num_columns
@@ -371,6 +372,18 @@ class HybridCache(Cache):
             self.rows.uniform, self.rows.one_document = 0, True
         else:
             self.rows, self._columns = None, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HybridCache":
+        def detach(tensor: Tensor) -> Tensor:  # PyTorch refuses to copy a tensor that knows where it came from
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+            return tensor
+
+        for layer in self.layers:
+            layer.map(detach)
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def snapshot(self) -> "HybridCache":
         """A copy that later calls do not change."""

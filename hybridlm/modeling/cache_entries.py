@@ -187,7 +187,8 @@ class RecurrentEntry:
                 self.base = self.mark = self.state
                 self.inputs, self.num_marked = [], 0
             output, self.state = module(piece, self.state, part)
-            self.inputs.append((piece.detach(), part))
+            # a view would keep all of a long call alive
+            self.inputs.append((piece.detach().clone() if start else piece.detach(), part))
             outputs.append(output)
             start += part.num_tokens
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]

@@ -4,8 +4,10 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import copy
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import NotApplicable, Subject, relative_error
@@ -123,4 +125,24 @@ def cropped(subject: Subject, window: int = 6, depths: tuple[int, ...] = (1, 3, 
     if not croppable:
         effect = "gives a wrong state" if worst > 1e-3 else "gives the right state"
         raise Refused(f"cache.is_croppable is False; crop() itself raises nothing and {effect} (error {worst:.1e})")
+    return worst
+
+
+def bf16_is_near(subject: Subject) -> float:
+    """In bfloat16 logits are finite and near the float32 ones, whole and token by token.
+
+    Returns:
+        The root mean square of a token's difference as a fraction of that of all float32 logits, for the token in the
+        middle: a near tie between two experts may move single tokens far.
+    """
+    wide = subject.like(subject.copy_of_model().float(), subject.input_ids)
+    narrow = subject.like(subject.copy_of_model().float().bfloat16(), subject.input_ids)
+    cache = narrow.new_cache()
+    steps = [narrow.forward(ids, cache) for ids in subject.input_ids.split(1, dim=1)]
+    size, worst = wide.reference.square().mean().sqrt(), 0.0
+    for logits in (narrow.reference, torch.cat(steps, dim=1)):
+        if not bool(torch.isfinite(logits).all()):
+            return math.inf
+        of_tokens = (logits.float() - wide.reference).square().mean(-1).sqrt()
+        worst = max(worst, float(of_tokens.median() / size))
     return worst

@@ -5,21 +5,29 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .base import NotApplicable, Subject, gradient_error, gradients, quiet
 from .stream import Stream
 from .worker import digest
 from .workers import POOL, finish_all
 
-LARGEST = 300_000_000  # parameters of a model that is sent to other processes
+LARGEST = 300_000_000  # parameters of a model that other processes load
 
 
 def _check_size(subject: Subject) -> None:
     total = sum(p.numel() for p in subject.model.parameters())
     if total > LARGEST:
-        raise NotApplicable(f"{total:,} parameters are too many to send to other processes")
+        raise NotApplicable(f"{total:,} parameters are too many for several processes")
     if subject.model.device.type != "cpu":
         raise NotApplicable("the workers run on the CPU")
+
+
+def _save(model: nn.Module, folder: str) -> tuple[type, str, torch.dtype, str | None]:
+    """Save a model for another process; what `worker.load` takes."""
+    with quiet():
+        model.save_pretrained(f"{folder}/model")
+    return type(model), f"{folder}/model", model.dtype, getattr(model.config, "_experts_implementation", None)
 
 
 def data_parallel(subject: Subject, timeout: float = 60.0) -> float:
@@ -28,10 +36,11 @@ def data_parallel(subject: Subject, timeout: float = 60.0) -> float:
     model = subject.copy_of_model().train()
     batch = {"input_ids": subject.input_ids[:2], "labels": subject.input_ids[:2]}
     batches = [{name: value[rank : rank + 1] for name, value in batch.items()} for rank in range(2)]
-    workers = [POOL.worker(f"rank {rank}") for rank in range(2)]
+    workers, rendezvous = POOL.ranks()
     with tempfile.TemporaryDirectory() as folder:
+        source = _save(model, folder)
         for rank, worker in enumerate(workers):
-            worker.start("data_parallel", model, batches[rank], rank, 2, f"{folder}/rendezvous")
+            worker.start("data_parallel", source, batches[rank], rank, 2, rendezvous)
         with torch.enable_grad():
             loss = subject.call(model, **batch).loss
             loss.backward()
@@ -69,8 +78,9 @@ def snapshot_elsewhere(subject: Subject, timeout: float = 60.0) -> float:
     calls = [subject.random_ids(rng, len(stream.rows), num_tokens) for num_tokens in (1, 3)]
     worker = POOL.worker("rank 0")
     with tempfile.TemporaryDirectory() as folder:
-        stream.cache.save(folder)
-        worker.start("go_on", subject.model, folder, calls)
+        source, saved = _save(subject.model, folder), f"{folder}/cache"
+        stream.cache.save(saved)
+        worker.start("go_on", source, saved, calls)
         here = [subject.forward(ids, stream.cache) for ids in calls]
         there = worker.finish(timeout)
     return max(subject.error(a, b) for a, b in zip(there, here, strict=True))

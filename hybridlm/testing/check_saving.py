@@ -22,6 +22,9 @@ def saved_is_loaded(subject: Subject) -> float:
     for name, value in before.items():
         if value.dtype != after[name].dtype or not torch.equal(value, after[name]):
             return math.inf
+    experts = getattr(subject.model.config, "_experts_implementation", None)  # is not saved
+    if experts is not None and hasattr(loaded, "set_experts_implementation"):
+        loaded.set_experts_implementation(experts)
     loaded = loaded.to(subject.model.device)
     with torch.no_grad():
         for parameter in loaded.parameters():

@@ -46,6 +46,7 @@ class Prepared:
         exact: What it computes in: float32 if it rounds to that inside.
         notes: What a reader of the report should know.
         is_twin: Whether its weights are random and scaled so that state matters.
+        experts: The way to run experts that was replaced, if it was.
     """
 
     subject: Subject
@@ -53,10 +54,14 @@ class Prepared:
     exact: torch.dtype
     notes: list[str] = field(default_factory=list)
     is_twin: bool = False
+    experts: str | None = None
 
     def in_float32(self) -> "Prepared":
         """The same in float32, for what does not run in float64."""
         model = copy.deepcopy(self.subject.model).float()
+        if self.experts is not None:
+            with quiet():
+                model.set_experts_implementation(self.experts)
         found = make_subject(model, self.subject.input_ids, self.subject.seed, self.subject.router_losses)
         return Prepared(found, torch.float32, torch.float32, self.notes, self.is_twin)
 
@@ -202,7 +207,8 @@ def _cast(model: nn.Module, dtype: torch.dtype | None) -> Prepared:
             exact = torch.float32 if _rounds(wide) else torch.float64
             notes += [note] if note else []
             notes += ["it rounds to float32 inside, whose tolerance holds"] if exact is torch.float32 else []
-            return Prepared(Subject(wide), torch.float64, exact, notes)
+            experts = getattr(model.config, "_experts_implementation", None) if note else None
+            return Prepared(Subject(wide), torch.float64, exact, notes, experts=experts)
     dtype = torch.float32 if dtype is None else dtype
     return Prepared(Subject(model.to(dtype)), dtype, dtype, notes)
 

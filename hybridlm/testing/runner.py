@@ -92,7 +92,8 @@ def check_model(
         except Exception as error:
             report.problem = _one_line(error)
         else:
-            _run(report, prepared, select, time_limit, inductor, dtype is None, progress)
+            with few_threads(prepared):
+                _run(report, prepared, select, time_limit, inductor, dtype is None, progress)
     report.seconds = time.monotonic() - started
     return report
 
@@ -210,6 +211,18 @@ def _name(source: Any) -> str:
     if isinstance(source, str | Path):
         return Path(source).name if Path(source).is_dir() else str(source)
     return type(source).__name__
+
+
+@contextmanager
+def few_threads(prepared: Prepared, small: int = 10_000_000) -> Iterator[None]:
+    """One thread for a small model: handing its tensors to others takes longer than the work."""
+    before = torch.get_num_threads()
+    if sum(p.numel() for p in prepared.subject.model.parameters()) <= small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 import pickle
 import struct
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -60,28 +61,43 @@ def remote(folder: str, input_ids: Any) -> tuple[Any, str, str]:
     return logits, digest(model), type(model).__module__
 
 
+def load(kind: type, folder: str, dtype: Any, experts: str | None) -> Any:
+    """Load a model of a class, as a rank of a training run does, with every dropout at zero.
+
+    A model is not sent as it is: transformers records router logits only for models that were constructed.
+    """
+    model = kind.from_pretrained(folder, dtype=dtype)
+    if experts is not None and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(experts)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and (name == "p" or "dropout" in name):
+                setattr(module, name, 0.0)
+    return model
+
+
 def data_parallel(
-    model: Any, batch: dict[str, Any], rank: int, world_size: int, rendezvous: str
+    source: tuple, batch: dict[str, Any], rank: int, world_size: int, rendezvous: str
 ) -> tuple[float, dict[str, Any]]:
     """One rank of a data-parallel step: the loss of its rows, and the gradients after they were averaged."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    try:
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-        loss = wrapped(**batch).loss
-        loss.backward()
-        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return float(loss.detach()), found
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():  # and never destroyed: gloo's destructor may wait for ever for a thread of its own
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    model = load(*source).train()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    loss = wrapped(**batch).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), found
 
 
-def go_on(model: Any, folder: str, calls: Sequence[Any]) -> list[Any]:
+def go_on(source: tuple, folder: str, calls: Sequence[Any]) -> list[Any]:
     """Load a saved cache into a new one and feed it."""
     import torch
 
+    model = load(*source).eval()
     cache = model.new_cache()
     cache.load(folder)
     with torch.no_grad():
@@ -122,7 +138,9 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         try:
             answer = ("ok", JOBS[name](*arguments))
         except Exception as error:
-            answer = ("error", f"{type(error).__name__}: {error}")
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{os.path.basename(place.filename)}, line {place.lineno}"
+            answer = ("error", f"{type(error).__name__}: {error} ({where})")
         send(sink, answer)
 
 

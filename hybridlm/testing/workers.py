@@ -60,7 +60,7 @@ class Worker:
             self.stop()
             raise RuntimeError("the worker process has ended") from error
         except Exception as error:  # pickle raises many types
-            raise NotApplicable(f"the model cannot be sent to another process: {error}") from error
+            raise NotApplicable(f"the class of the model cannot be sent to another process: {error}") from error
 
     def has_answered(self, seconds: float) -> bool:
         """Whether there is an answer, after waiting for at most so long."""
@@ -129,6 +129,23 @@ class Pool:
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
         self._starting: set[str] = set()
+        self._pair: list[Worker] = []
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def ranks(self) -> tuple[list[Worker], str]:
+        """Two workers that can form a process group, and the file at which they meet.
+
+        Both are started anew if one has died, since a group lives as long as its processes.
+        """
+        names = [name for name in _NAMES if name.startswith("rank")]
+        pair = [self._workers.get(name) for name in names]
+        if pair != self._pair or not all(self._is_alive(name) for name in names):
+            if self._pair:
+                for name in names:
+                    self._workers.pop(name).stop()
+            self._pair = [self.worker(name) for name in names]
+            self._folder = tempfile.TemporaryDirectory(prefix="hybridlm-ranks-")
+        return self._pair, f"{self._folder.name}/rendezvous"
 
     def worker(self, name: str, without: str | None = None) -> Worker:
         """The worker of a name, restarted if it died."""

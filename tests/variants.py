@@ -108,7 +108,7 @@ def build(layers, **fields):
     parts = [part["name"] for layer in layers for part in layer if part is not None]
     config = HybridLMConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=16 if all(name in SMALL for name in parts) else 64,
+        hidden_size=fields.pop("hidden_size", 16 if all(name in SMALL for name in parts) else 64),
         num_hidden_layers=len(layers),
         layer_specs=recipes,
         layer_layout=list(recipes),

@@ -435,11 +435,15 @@ class HybridCache(Cache):
             if facts.pop(name) != mine:
                 raise ValueError(f"{folder}: was saved from a cache with another {name}")
         tensors = load_file(Path(folder) / "cache.safetensors")
+        for name in tensors:  # copies: a memory-mapped file is not aligned as a product likes it
+            number = name.partition(".")[0]
+            device = self.layers[int(number) if number.isdigit() else 0].device
+            tensors[name] = tensors[name].to(device, copy=True)
         self._columns = facts.pop("num_columns")
         rows = {name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("rows.")}
         self.rows = RowState(**rows, **facts) if rows else None
         if self.is_static and rows:
-            self._columns = torch.tensor(self._columns)
+            self._columns = torch.tensor(self._columns, device=self.rows.num_tokens.device)
         parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             number, half, leaf = name.split(".", 2)

@@ -207,7 +207,7 @@ class RecurrentEntry:
     def _replay(self, module: nn.Module) -> None:
         """Compute the state after the recorded inputs."""
         state = self.mark
-        pending = [(x, call) for x, call in self.inputs[self.num_marked :] if call.num_tokens]
+        pending = [(x, call.to(x.device)) for x, call in self.inputs[self.num_marked :] if call.num_tokens]
         if len(pending) > 1 and all(call.lengths is None for _, call in pending):
             pending = [(torch.cat([x for x, _ in pending], dim=1), join([call for _, call in pending]))]
         with torch.no_grad():

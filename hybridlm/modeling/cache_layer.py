@@ -3,6 +3,7 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -17,6 +18,7 @@ class HybridCacheLayer(CacheLayerMixin):
 
     def __init__(self, mixer: Any = None, channel_mixer: Any = None) -> None:
         self.mixer, self.channel_mixer = mixer, channel_mixer
+        self.device = torch.device("cpu")  # of the layer, where the model is spread over several
         self._cache: weakref.ref | None = None
 
     @property
@@ -109,5 +111,5 @@ class HybridCacheLayer(CacheLayerMixin):
         self.map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Move the tensors back to where the cache lives."""
-        self.map(lambda tensor: tensor.to(self.cache.device, non_blocking=True))
+        """Move the tensors back to where the layer is."""
+        self.map(lambda tensor: tensor.to(self.device, non_blocking=True))

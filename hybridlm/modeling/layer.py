@@ -46,7 +46,11 @@ class HybridLMLayer(GradientCheckpointingLayer):
 
     def new_entry(self, static_length: int | None = None) -> HybridCacheLayer:
         """Make this layer's entry for a cache; `static_length` slots, or growing when `None`."""
-        return HybridCacheLayer(*(self._new_half(half, static_length) for half in HALVES))
+        entry = HybridCacheLayer(*(self._new_half(half, static_length) for half in HALVES))
+        device = next(self.parameters()).device
+        if device.type != "meta":  # a layer that is kept on the disk runs where its input is
+            entry.device = device
+        return entry
 
     def _new_half(self, half: str, static_length: int | None) -> Any:
         module = getattr(self, half)

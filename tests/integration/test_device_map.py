@@ -72,6 +72,29 @@ def test_from_pretrained_on_the_meta_device_builds_without_memory(saved):
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
 
 
+def test_a_layer_on_another_device_gets_its_part_of_the_state_there(saved, tmp_path):
+    _, model = saved
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+    cache.save(tmp_path)
+    other = model.new_cache()
+    other.layers[2].device = torch.device("meta")  # stands for a GPU
+    other.load(tmp_path)
+    places = [{tensor.device.type for tensor in layer.named_tensors().values()} for layer in other.layers]
+    assert places == [{"cpu"}, {"cpu"}, {"meta"}, {"cpu"}]
+    entry = cache.layers[2].mixer
+    entry.inputs = [(x.to("meta"), call.to("meta")) for x, call in entry.inputs]
+    cache.crop(-3)
+
+    def replayed(hidden_states, state, call):
+        assert hidden_states.device.type == call.index.device.type == "meta"
+        return hidden_states, state
+
+    entry._replay(replayed)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", [{"layer_1": "cpu"}, {"layer_0": "cpu", "layer_3": "cpu"}], ids=["middle", "ends"])
 def test_layers_on_the_cpu_beside_a_gpu(saved, where):

@@ -110,6 +110,19 @@ def test_drafts_longer_than_the_default_record_give_the_greedy_text(assistant):
     torch.testing.assert_close(greedy(model, ids, 110, assistant_model=helper), expected)
 
 
+def test_drafts_of_the_first_layers_give_the_greedy_text():
+    model, ids = shared("hybrid"), prompt()
+    torch.testing.assert_close(greedy(model, ids, assistant_early_exit=2), greedy_by_hand(model, ids))
+
+
+def test_speculative_sampling_follows_the_seed():
+    model, ids, texts = shared("hybrid"), prompt(), []
+    for _ in range(2):
+        torch.manual_seed(4)
+        texts.append(greedy(model, ids, do_sample=True, assistant_model=shared("hybrid")))
+    torch.testing.assert_close(texts[0], texts[1])
+
+
 def test_the_assistant_may_be_another_stack():
     helper = copy.deepcopy(shared("mamba"))
     model, ids = shared("hybrid"), prompt()

@@ -345,3 +345,19 @@ def test_the_parts_that_transformers_looks_for_are_there():
     assert HybridLMModel(config_of("mamba")).get_input_embeddings().weight.shape == (48, 32)
     assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
     assert model.get_memory_footprint() > 0
+
+
+@pytest.mark.parametrize("stack", ["attention", "hybrid"])
+def test_a_compiled_model_computes_and_trains_the_same(stack):
+    model = build(stack, torch.float32).train()
+    _, batch = padded()
+    loss, gradients = loss_and_gradients(model, batch)
+    gradients = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    model.zero_grad()
+    again = compiled(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
+    again.backward()
+    torch.testing.assert_close(again.detach(), loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)

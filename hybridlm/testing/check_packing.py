@@ -80,6 +80,7 @@ def packed_gradients(subject: Subject, borders: tuple[str, ...] = ("position_ids
         "seq_idx": {"seq_idx": torch.tensor([numbers])},
         "cu_seq_lens": dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(cuts, dtype=torch.int32)),
     }
+    subject.model.zero_grad(set_to_none=True)
     with torch.enable_grad():
         for start, stop in pairwise(cuts):
             logits = subject.model(input_ids=ids[:, start:stop], use_cache=False).logits
@@ -107,6 +108,7 @@ def padded_gradients(subject: Subject) -> float:
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(subject.seed)
     weights = torch.randn(*ids.shape, subject.vocab_size, generator=generator).to(subject.reference)
+    subject.model.zero_grad(set_to_none=True)
     with torch.enable_grad():
         for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
             stop = start + len(row)
@@ -139,6 +141,7 @@ def caching_does_not_change_gradients(subject: Subject) -> float:
     ids, half = subject.input_ids, subject.input_ids.shape[1] // 2
     generator = torch.Generator().manual_seed(subject.seed)
     weights = torch.randn(subject.reference.shape, generator=generator).to(subject.reference)
+    subject.model.zero_grad(set_to_none=True)
     with torch.enable_grad():
         _gradients_of(subject, subject.model(input_ids=ids, use_cache=False).logits, weights)
         expected = gradients(subject.model)

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import presets
+from .cli_check import check
 
 if TYPE_CHECKING:
     from .analysis.planner import Plan
@@ -45,6 +46,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hybrid language models as lists of named parts.",
 )
+
+app.command()(check)
 
 Source = Annotated[Path, typer.Argument(help="Model folder: config.json and safetensors.")]
 Target = Annotated[Path, typer.Argument(help="Folder to write.")]

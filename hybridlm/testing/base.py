@@ -26,6 +26,19 @@ class NotApplicable(Exception):
     """The model does not offer what a check is about; the message says what."""
 
 
+class Differs(Exception):
+    """Results differ, and more is known than how far.
+
+    Args:
+        error: The largest relative error.
+        reason: What is known.
+    """
+
+    def __init__(self, error: float, reason: str) -> None:
+        super().__init__(reason)
+        self.error = error
+
+
 @dataclass(frozen=True)
 class Check:
     """A promise and the function that measures how well a model keeps it."""
@@ -76,6 +89,7 @@ class Subject:
     """
 
     cache_argument = "past_key_values"
+    keeps_cache = True
 
     def __init__(
         self,

@@ -33,17 +33,21 @@ def state_matters(subject: Subject, least: float = 0.01) -> float:
     return 0.0
 
 
-def influences(subject: Subject) -> dict[str, float]:
+def influences(subject: Subject, num_tokens: int = 3) -> dict[str, float]:
     """How far the logits of the next tokens move when one tensor of the cache is set to zero, by its name."""
-    ids, half = subject.input_ids, subject.input_ids.shape[1] // 2
+    half = subject.input_ids.shape[1] // 2
+    past, ahead = subject.input_ids[:, :half], subject.input_ids[:, half : half + num_tokens]
     cache = subject.new_cache()
-    subject.forward(ids[:, :half], cache)
-    expected = subject.forward(ids[:, half:], copy.deepcopy(cache))
-    found = {}
+    subject.forward(past, cache)
+
+    def go_on(cache: Any) -> Tensor:
+        return torch.cat([subject.forward(ids, cache) for ids in ahead.split(1, dim=1)], dim=1)
+
+    expected, found = go_on(copy.deepcopy(cache)), {}
     for name in state_tensors(cache):
         spoilt = copy.deepcopy(cache)
         state_tensors(spoilt)[name].zero_()
-        found[name] = relative_error(subject.forward(ids[:, half:], spoilt), expected, subject.scale)
+        found[name] = relative_error(go_on(spoilt), expected, subject.scale)
     if not found:
         raise NotApplicable(f"a {type(cache).__name__} holds no tensors that are known by name")
     return found
@@ -90,12 +94,24 @@ def repeated_and_selected_rows(subject: Subject) -> float:
 def _moved(subject: Subject, move: Any) -> float:
     rng = subject.rng("moved")
     stream = Stream(subject, subject.input_ids.shape[0])
-    for num_tokens in (7, 1, 2):
+    for num_tokens in (7, 1, 1):
         feed_random(stream, rng, num_tokens)
     move(stream)
-    feed_random(stream, rng, 1)
-    feed_random(stream, rng, 4)
+    for _ in range(4):  # as in beam search; chunks have a row of their own
+        feed_random(stream, rng, 1)
     return stream.check()
+
+
+def static_cache(subject: Subject) -> float:
+    """A prompt and single tokens through a static cache give the logits of one full forward, also after a reset."""
+    ids, prompt = subject.input_ids, 9
+    cache, worst = subject.new_cache(static=True, max_length=ids.shape[1] + 3), 0.0
+    for _ in range(2):
+        parts = [subject.forward(ids[:, :prompt], cache)]
+        parts += [subject.forward(ids[:, t : t + 1], cache) for t in range(prompt, ids.shape[1])]
+        worst = max(worst, subject.error(torch.cat(parts, dim=1), subject.reference))
+        cache.reset()
+    return worst
 
 
 def cropped(subject: Subject, window: int = 6, depths: tuple[int, ...] = (1, 3, 6)) -> float:
@@ -115,8 +131,8 @@ def cropped(subject: Subject, window: int = 6, depths: tuple[int, ...] = (1, 3, 
             branch = stream.branch()
             try:
                 branch.crop(depth)
-                feed_random(branch, rng, 1)
-                feed_random(branch, rng, 3)
+                for _ in range(4):
+                    feed_random(branch, rng, 1)
                 worst = max(worst, branch.check())
             except Exception as error:
                 if croppable:
@@ -137,10 +153,12 @@ def bf16_is_near(subject: Subject) -> float:
     """
     wide = subject.like(subject.copy_of_model().float(), subject.input_ids)
     narrow = subject.like(subject.copy_of_model().float().bfloat16(), subject.input_ids)
-    cache = narrow.new_cache()
-    steps = [narrow.forward(ids, cache) for ids in subject.input_ids.split(1, dim=1)]
+    found = [narrow.reference]
+    if subject.keeps_cache:
+        cache = narrow.new_cache()
+        found.append(torch.cat([narrow.forward(ids, cache) for ids in subject.input_ids.split(1, dim=1)], dim=1))
     size, worst = wide.reference.square().mean().sqrt(), 0.0
-    for logits in (narrow.reference, torch.cat(steps, dim=1)):
+    for logits in found:
         if not bool(torch.isfinite(logits).all()):
             return math.inf
         of_tokens = (logits.float() - wide.reference).square().mean(-1).sqrt()

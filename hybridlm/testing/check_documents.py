@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import NotApplicable, Subject, gradient_error, gradients
+from .base import Differs, NotApplicable, Subject, gradient_error, gradients
 from .foreign import accepts, names
 
+_CLEAR = 0.01  # a difference that no rounding explains
 _FIRST_ARGUMENT = {"seq_idx": "seq_idx", "cu_seq_lens": "cu_seq_lens_q"}
 
 
@@ -110,7 +111,10 @@ def packed(subject: Subject, kind: str, alone: bool = False, use_cache: bool | N
         expected = gradients(model)
         together = _backward(subject, weights, input_ids=row.ids, **given)
         found = gradients(model)
-    return max(subject.error(together, torch.cat(apart, dim=1)), gradient_error(found, expected))
+    forward, backward = subject.error(together, torch.cat(apart, dim=1)), gradient_error(found, expected)
+    if max(forward, backward) > _CLEAR:
+        raise Differs(max(forward, backward), f"logits by {forward:.1e}, gradients by {backward:.1e}")
+    return max(forward, backward)
 
 
 def _backward(subject: Subject, weights: Tensor, **arguments: Any) -> Tensor:

@@ -114,9 +114,12 @@ def generation_goes_on(subject: Subject, num_tokens: int = 5) -> float:
     prompt = subject.input_ids[:, :9]
     long = _generate(subject, prompt, 2 * num_tokens)
     first = _generate(subject, prompt, num_tokens)
-    if first.past_key_values is None:
+    cache = first.get("past_key_values")
+    if subject.cache_argument != "past_key_values":
+        raise NotApplicable("generate takes no past_key_values")
+    if cache is None:
         raise NotApplicable("generate returns no cache")
-    second = _generate(subject, first.sequences, num_tokens, past_key_values=first.past_key_values)
+    second = _generate(subject, first.sequences, num_tokens, past_key_values=cache)
     return _text_error(subject, second.sequences, long.sequences)
 
 

@@ -24,13 +24,14 @@ def left_padding(subject: Subject, widths: tuple[int, ...] = (1, 3, 17)) -> floa
 
 
 def _whole_and_decoded(subject: Subject, columns: list[list[Column]], prompt: int) -> float:
+    whole = Stream(subject, len(columns), no_cache=True)
+    whole.feed(columns)
+    if not subject.keeps_cache:
+        return whole.check()
     stream = Stream(subject, len(columns))
     stream.feed([row[:prompt] for row in columns])
     for place in range(prompt, len(columns[0])):
         stream.feed([row[place : place + 1] for row in columns])
-    whole = Stream(subject, len(columns))
-    whole.cache = None
-    whole.feed(columns)
     return max(stream.check(), whole.check())
 
 

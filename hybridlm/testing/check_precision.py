@@ -43,7 +43,8 @@ def long_input(subject: Subject, num_tokens: int = 16384, dtype: torch.dtype = t
     """Long inputs give no inf and no NaN, whole and when decoding goes on after them."""
     model = subject.copy_of_model().float().to(dtype)
     long = subject.like(model, batch_size=1, num_tokens=num_tokens)
-    cache = long.new_cache()
+    cache = long.new_cache() if long.keeps_cache else None
     logits = [long.forward(long.input_ids, cache)]
-    logits += [long.forward(long.input_ids[:, t : t + 1], cache) for t in range(4)]
+    if long.keeps_cache:
+        logits += [long.forward(long.input_ids[:, t : t + 1], cache) for t in range(4)]
     return 0.0 if all(bool(torch.isfinite(part).all()) for part in logits) else math.inf

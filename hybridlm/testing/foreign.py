@@ -54,11 +54,20 @@ class ForeignSubject(Subject):
             outputs = self.model(input_ids=self.input_ids[:1, :2], use_cache=True)
         return next((type(value) for value in outputs.values() if isinstance(value, Cache)), None)
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether one call returns a cache."""
+        return self.cache_type is not None
+
     def arguments(self, cache: Any = None, **arguments: Any) -> dict[str, Any]:
         """The arguments of `forward`: the cache under its name, and positions where rows hold pads."""
         if not accepts(self.model, "use_cache"):
             arguments.pop("use_cache", None)
         mask = arguments.get("attention_mask")
+        if cache is not None and self.cache_argument == "cache_params" and mask is not None:
+            given = arguments.get("input_ids")
+            if given is not None and given.shape[1] == 1:  # these take a mask with the prompt only, so does generate
+                mask = arguments.pop("attention_mask")
         padded = mask is not None and not bool(mask.all())
         wanted = padded or (cache is not None and self.explicit_positions)
         if wanted and names(self.model, "position_ids") and arguments.get("position_ids") is None:
@@ -69,9 +78,8 @@ class ForeignSubject(Subject):
         given = arguments.get("input_ids")
         batch, length = (given if given is not None else arguments["inputs_embeds"]).shape[:2]
         if mask is None:
-            try:
-                past = int(cache.get_seq_length())
-            except ValueError:  # a cache of recurrent layers only does not count
+            past = _columns(cache)
+            if past is None:
                 return None
             mask = torch.ones(batch, past + length, dtype=torch.long, device=self.model.device)
         # contiguous: a compiled step must not see a stride change
@@ -109,6 +117,12 @@ class ForeignSubject(Subject):
         config = self.model.config.get_text_config()
         found = [getattr(config, name, None) for name in ("sliding_window", "attention_window_size")]
         return min((size for size in found if size), default=None)
+
+
+def _columns(cache: Any) -> int | None:
+    """Columns that a cache holds, by its attention layers; `None` if it has none, since recurrent ones do not count."""
+    lengths = [int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")]
+    return max(lengths) if lengths else (0 if not cache.layers else None)
 
 
 def parameters(model: nn.Module) -> dict[str, inspect.Parameter]:

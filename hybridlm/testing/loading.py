@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ def prepare(
     _check_kind(model)
     if twin:
         scale_weights(model, seed)
+        _slow_steps(model)
     if tokenizer is None and isinstance(source, str | Path) and not twin:
         with contextlib.suppress(Exception), quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -111,6 +113,15 @@ def prepare(
     if not twin and ids is None:
         found.notes.append("random tokens: the vocabulary is smaller than a byte and there is no tokenizer")
     return found
+
+
+@torch.no_grad()
+def _slow_steps(model: nn.Module) -> None:
+    """Let every other head start at the smallest step of its family, as training does: clamps act from there on."""
+    smallest = getattr(model.config.get_text_config(), "time_step_min", None)
+    for name, parameter in model.named_parameters():
+        if smallest and name.endswith("dt_bias") and parameter.dim() == 1:
+            parameter[::2] = math.log(math.expm1(smallest))
 
 
 def make_subject(model: nn.Module, ids: Tensor | None, seed: int, router_losses: bool) -> Subject:

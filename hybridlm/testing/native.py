@@ -69,7 +69,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "minimax": _TRANSFORMER
     | _ROUTER
-    | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    | {"num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "full_attention"]}
     | {"num_local_experts": 4, "block_size": 8, "head_dim": 8},
     "recurrent_gemma": _SIZES
     | _TOKENS
@@ -78,7 +78,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "gpt_oss": _TRANSFORMER
     | _ROUTER
     | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
-    | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 }
 FAMILIES = tuple(_OPTIONS)
 

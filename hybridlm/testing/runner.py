@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from .base import NotApplicable, quiet
+from .base import Differs, NotApplicable, quiet
 from .check_any import WeakState
-from .foreign import Refused
+from .foreign import ForeignSubject, Refused
 from .loading import DTYPES, Prepared, prepare, without_dropout
 from .report import DIFFERS, NOT_APPLICABLE, OK, RAISES, REFUSED, Report, Result
-from .suite import Differs, Row, check_selection, rows_for
+from .suite import Row, check_selection, rows_for
 from .workers import POOL
 
 Progress = Callable[[str, int, int], None]
@@ -110,6 +110,8 @@ def _run(
     report.notes = list(prepared.notes)
     report.dtype = str(prepared.dtype).removeprefix("torch.")
     report.device = prepared.subject.model.device.type
+    if not prepared.subject.keeps_cache:
+        report.notes.append("forward returns no cache object: padding and precision are judged by whole forwards")
     rows = rows_for(prepared.subject, select)
     if any(row.needs == "workers" for row in rows):
         POOL.warm_up()
@@ -118,8 +120,13 @@ def _run(
         if progress is not None:
             progress(row.name, number, len(rows))
         options = {"backend": "inductor"} if inductor and row.name == "compiled_decode" else {}
-        result = judge(row, prepared, time_limit, **options)
-        if result.verdict == RAISES and may_narrow and prepared.dtype == torch.float64:
+        is_wide = may_narrow and prepared.dtype == torch.float64
+        if is_wide and row.in_float32 and isinstance(prepared.subject, ForeignSubject):
+            narrow = narrow or prepared.in_float32()
+            result = judge(row, narrow, time_limit, **options)
+        else:
+            result = judge(row, prepared, time_limit, **options)
+        if result.verdict == RAISES and is_wide:
             narrow = narrow or prepared.in_float32()
             again = judge(row, narrow, time_limit, **options)
             if again.verdict != RAISES:

@@ -30,6 +30,7 @@ class Stream:
         cache: An empty cache; a new one by default.
         borders: How the model is told where documents begin.
         always_mask: Whether an attention mask is given even without pads.
+        no_cache: Whether the one call goes without a cache.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Stream:
         *,
         borders: str = "none",
         always_mask: bool = False,
+        no_cache: bool = False,
     ) -> None:
         assert borders in BORDERS
         self.subject, self.borders, self.always_mask = subject, borders, always_mask
-        self.cache = subject.new_cache() if cache is None else cache
+        self.cache = subject.new_cache() if cache is None and not no_cache else cache
         self.rows: list[list[Column]] = [[] for _ in range(batch_size)]
         self.outputs: list[list[Tensor]] = [[] for _ in range(batch_size)]
         self.error = 0.0

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .base import Subject, relative_error
 
-_EXACT = ("inv_freq", "original_inv_freq")
-
 
 @torch.no_grad()
 def scale_weights(model: nn.Module, seed: int = 0, gain: float = 1.2) -> nn.Module:
@@ -49,11 +47,8 @@ def scale_weights(model: nn.Module, seed: int = 0, gain: float = 1.2) -> nn.Modu
 
 
 def _float_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
-        (name, buffer)
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point() and name.rsplit(".", 1)[-1] not in _EXACT
-    ]
+    """Biases that are kept as buffers; other buffers follow from the config."""
+    return [(name, b) for name, b in model.named_buffers() if b.is_floating_point() and name.endswith("bias")]
 
 
 def _draw(name: str, leaf: str, parameter: Tensor, is_norm: bool, gain: float, generator: torch.Generator) -> Tensor:

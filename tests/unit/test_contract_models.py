@@ -5,6 +5,7 @@ A test's id is the promise and the part that keeps it, e.g. `step_is_scan-mamba`
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 from variants import (
     CHANNEL_VARIANTS,
     FACTORS,
@@ -19,7 +20,7 @@ from variants import (
 )
 
 from hybridlm import MIXERS
-from hybridlm.testing import CHECKS, state_influence
+from hybridlm.testing import CHECKS, Subject, state_influence
 
 EXACT = 1e-9
 TOLERANCES = {
@@ -188,3 +189,42 @@ def test_long_inputs_give_no_nan(variant):
 @pytest.mark.parametrize("variant", ["attention", "attention-window_and_sinks"])
 def test_long_inputs_to_attention_give_no_nan(variant):
     holds("long_input", mixer_subject(variant))
+
+
+@pytest.mark.parametrize(
+    "check", ["step_is_scan", "pads_in_stream", "packed_with_pads", "anything_goes", "static_with_pads"]
+)
+@pytest.mark.parametrize("variant", ["attention", "attention-window_and_sinks", "attention-everything"])
+def test_eager_attention_keeps_the_promises(variant, check):
+    model = mixer_subject(variant).copy_of_model()
+    model.set_attn_implementation("eager")
+    holds(check, Subject(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32, torch.int64])
+def test_a_mask_may_be_of_any_type(dtype):
+    subject = hybrid_subject()
+    mask = torch.ones_like(subject.input_ids)
+    mask[1, :5] = mask[2, -3:] = 0
+    logits = subject.forward(subject.input_ids, attention_mask=mask.to(dtype))
+    assert torch.equal(logits, subject.forward(subject.input_ids, attention_mask=mask))
+
+
+def test_the_flattening_collator_of_transformers_packs_documents_apart():
+    subject = hybrid_subject()
+    documents = [row[:length].tolist() for row, length in zip(subject.input_ids, (11, 1, 20), strict=True)]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collate([{"input_ids": document} for document in documents])
+    apart = [subject.forward(torch.tensor([document])) for document in documents]
+    arguments = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
+    assert {"position_ids", "seq_idx", "cu_seq_lens_q", "max_length_q"} <= set(arguments)
+    logits = subject.forward(batch["input_ids"], **arguments)
+    assert subject.error(logits, torch.cat(apart, dim=1)) <= EXACT
+    items = int((batch["labels"] != -100).sum())
+    assert items == sum(len(document) - 1 for document in documents)
+    model = subject.model
+    with torch.no_grad():
+        together = model(**batch, num_items_in_batch=items).loss
+        rows = [torch.tensor([document]) for document in documents]
+        losses = [model(input_ids=row, labels=row, num_items_in_batch=items).loss for row in rows]
+    assert abs(float(together - sum(losses))) <= 1e-6 * float(together)

@@ -1,4 +1,4 @@
-"""A mixer that a user brings: a leaky average of the past, with its own state."""
+"""What a user brings: a mixer with a state of its own, a leaky average of the past, and a kind of position."""
 
 from dataclasses import dataclass
 
@@ -56,3 +56,20 @@ class LeakyMixer(nn.Module):
     def state_size(self, num_tokens):
         """One vector a row."""
         return self.keep.shape[0]
+
+
+class FadingPosition(nn.Module):
+    """Scale keys by a number that falls with the position.
+
+    Args:
+        head_dim: Width of a head.
+        rate: How fast it falls.
+    """
+
+    def __init__(self, head_dim: int, *, rate: float = 0.1) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, query, key, sequence):
+        """Change keys `[B, G, T, K]`."""
+        return query, key * (-self.rate * sequence.positions[:, None, :, None]).exp().to(key.dtype)

@@ -13,12 +13,13 @@ import pytest
 import torch
 import transformers
 from child_without_package import outputs_of
-from runtime_part import LeakyMixer
+from runtime_part import FadingPosition, LeakyMixer
 from stacks import build, config_of, prompt
 from transformers.utils import hub
 
 import hybridlm
 from hybridlm import CHANNEL_MIXERS, MIXERS, HybridLMConfig, HybridLMForCausalLM
+from hybridlm.modeling.registry import POSITIONS
 from hybridlm.modeling.remote_code import AUTO_CLASSES
 
 HERE = Path(__file__).parent
@@ -28,16 +29,16 @@ CODE = {path.name for path in Path(hybridlm.__file__).parent.glob("modeling/*.py
 
 @pytest.fixture(scope="module")
 def leaky():
-    """A part registered at run time, from a file."""
-    MIXERS["leaky"] = LeakyMixer
+    """Parts registered at run time, from a file."""
+    MIXERS["leaky"], POSITIONS["fading"] = LeakyMixer, FadingPosition
     yield
-    del MIXERS["leaky"]
+    del MIXERS["leaky"], POSITIONS["fading"]
 
 
 def leaky_config():
     specs = {
         "a": {"mixer": {"name": "leaky", "start": 0.25}, "channel_mixer": {"name": "swiglu"}},
-        "b": {"mixer": {"name": "mamba"}, "channel_mixer": None},
+        "b": {"mixer": {"name": "attention", "num_heads": 4, "position": {"name": "fading"}}, "channel_mixer": None},
     }
     sizes = {"vocab_size": 48, "hidden_size": 32, "initializer_range": 0.3}
     return HybridLMConfig(layer_specs=specs, layer_layout=["a", "b"], num_hidden_layers=2, **sizes)
@@ -126,6 +127,7 @@ def test_saving_twice_into_one_folder_ships_a_part_once(tmp_path, leaky):
         model.save_pretrained(tmp_path)
     registry = (tmp_path / "registry.py").read_text()
     assert registry.count('MIXERS["leaky"] = LeakyMixer') == 1
+    assert registry.count('POSITIONS["fading"] = FadingPosition') == 1
     assert (tmp_path / "runtime_part.py").read_text() == (HERE / "runtime_part.py").read_text()
 
 

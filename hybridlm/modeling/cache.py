@@ -165,7 +165,8 @@ class HybridCache(Cache):
             ValueError: A row does not fit into a static cache.
         """
         if self.is_static and not compiling() and self.num_columns + sequence.num_tokens > self.max_length:
-            longest = sequence.num_tokens + (0 if self.rows is None else int(self.rows.num_tokens.max()))
+            new = sequence.num_tokens if sequence.lengths is None else sequence.lengths
+            longest = int((new + (sequence.index[:, 0] if sequence.num_past is None else sequence.num_past)).max())
             if longest > self.max_length:
                 raise ValueError(f"past_key_values: {longest} tokens do not fit into max_length={self.max_length}")
         if self.rows is None:

@@ -57,11 +57,12 @@ class KeyValueStore:
 
     def _append_static(self, keys: Tensor, values: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
         if self.keys is None:
-            shape = (*keys.shape[:2], self.max_length, keys.shape[3])
+            # one slot to spare: what follows the last real token of a full row goes there, and no query sees it
+            shape = (*keys.shape[:2], self.max_length + 1, keys.shape[3])
             self.keys, self.values = keys.new_zeros(shape), values.new_zeros((*shape[:3], values.shape[3]))
             torch._dynamo.mark_static_address(self.keys)
             torch._dynamo.mark_static_address(self.values)
-        slots = sequence.index[:, None, :, None].clamp(max=self.max_length - 1)  # [B, 1, T, 1]
+        slots = sequence.index[:, None, :, None].clamp(max=self.max_length)  # [B, 1, T, 1]
         self.keys.scatter_(2, slots.expand_as(keys), keys)
         self.values.scatter_(2, slots.expand_as(values), values)
         return self.keys, self.values

@@ -80,6 +80,26 @@ def test_static_tensors_keep_their_address_through_calls_and_resets():
     assert [t.data_ptr() for layer in cache.layers for t in layer.named_tensors().values()] == addresses
 
 
+def test_a_full_row_of_a_static_cache_takes_pads_while_another_goes_on():
+    subject = hybrid_subject()
+    tokens = subject.input_ids[:2, :8]
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 8:] = mask[1, 2:6] = 0
+    padded = torch.zeros(2, 12, dtype=torch.long)
+    for row in range(2):
+        padded[row, mask[row].bool()] = tokens[row]
+    expected = subject.forward(tokens, None)
+    for calls in ([1] * 12, [7, 5]):
+        cache, logits, start = subject.model.new_cache(static=True, max_length=8), [], 0
+        for length in calls:
+            stop = start + length
+            logits.append(subject.forward(padded[:, start:stop], cache, attention_mask=mask[:, :stop]))
+            start = stop
+        found = torch.cat(logits, dim=1)
+        for row in range(2):
+            assert subject.error(found[row, mask[row].bool()], expected[row]) < 1e-9
+
+
 def test_a_cache_counts_columns_and_real_tokens():
     subject = hybrid_subject()
     cache = subject.new_cache()

@@ -4,6 +4,8 @@
     error = CHECKS["chunked_continuation"](subject)  # largest error, relative to the largest logit
 
 A check raises `NotApplicable` when the model does not offer what it is about.
+
+    report = check_model("path/or/hub-id")  # any causal language model; a verdict and a reason for every check
 """
 
 from . import (
@@ -17,6 +19,8 @@ from . import (
     check_training,
 )
 from .base import Check, NotApplicable, Subject, relative_error
+from .report import Report, Result
+from .runner import check_model
 from .stream import Stream
 from .weights import scale_weights, state_influence
 
@@ -76,8 +80,11 @@ __all__ = [
     "CHECKS",
     "Check",
     "NotApplicable",
+    "Report",
+    "Result",
     "Stream",
     "Subject",
+    "check_model",
     "relative_error",
     "scale_weights",
     "state_influence",

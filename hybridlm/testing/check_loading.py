@@ -7,6 +7,8 @@ loading report says which parameters are missing.
 import math
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,24 @@ def missing_keys(subject: Subject) -> float:
             absent = {key for group in dropped for key in group}
             kept = {key: value for key, value in tensors.items() if key not in absent}
             save_file(kept, path, metadata={"format": "pt"})
-            loaded, report = type(model).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+            with _garbage_is_nan():
+                loaded, report = type(model).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
             _check(loaded, set(report["missing_keys"]), saved, fresh)
     return 0.0
+
+
+@contextmanager
+def _garbage_is_nan() -> Iterator[None]:
+    """Let PyTorch fill memory that is not initialised with NaN: it often happens to hold what was there before."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _fresh(model: nn.Module, seed: int) -> dict[str, Tensor]:

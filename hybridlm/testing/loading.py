@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Prepared:
     is_twin: bool = False
     experts: str | None = None
 
+    @cached_property
     def in_float32(self) -> "Prepared":
         """The same in float32, for what does not run in float64."""
         model = copy.deepcopy(self.subject.model).float()

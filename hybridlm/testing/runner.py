@@ -115,25 +115,29 @@ def _run(
     rows = rows_for(prepared.subject, select)
     if any(row.needs == "workers" for row in rows):
         POOL.warm_up()
-    narrow = None
     for number, row in enumerate(rows):
         if progress is not None:
             progress(row.name, number, len(rows))
         options = {"backend": "inductor"} if inductor and row.name == "compiled_decode" else {}
-        is_wide = may_narrow and prepared.dtype == torch.float64
-        if is_wide and row.in_float32 and isinstance(prepared.subject, ForeignSubject):
-            narrow = narrow or prepared.in_float32()
-            result = judge(row, narrow, time_limit, **options)
-        else:
-            result = judge(row, prepared, time_limit, **options)
-        if result.verdict == RAISES and is_wide:
-            narrow = narrow or prepared.in_float32()
-            again = judge(row, narrow, time_limit, **options)
-            if again.verdict != RAISES:
-                again.reason = f"in float32{': ' if again.reason else ''}{again.reason}"
-                again.seconds += result.seconds
-                result = again
+        result = judge_widely(row, prepared, time_limit, may_narrow=may_narrow, **options)
         report.results.append(result)
+
+
+def judge_widely(
+    row: Row, prepared: Prepared, time_limit: float | None = None, *, may_narrow: bool, **options: Any
+) -> Result:
+    """Run one row, in float32 if it raises in float64 and nobody asked for that."""
+    is_wide = may_narrow and prepared.dtype == torch.float64
+    if is_wide and row.in_float32 and isinstance(prepared.subject, ForeignSubject):
+        return judge(row, prepared.in_float32, time_limit, **options)
+    result = judge(row, prepared, time_limit, **options)
+    if result.verdict == RAISES and is_wide:
+        again = judge(row, prepared.in_float32, time_limit, **options)
+        if again.verdict != RAISES:
+            again.reason = f"in float32{': ' if again.reason else ''}{again.reason}"
+            again.seconds += result.seconds
+            return again
+    return result
 
 
 def judge(row: Row, prepared: Prepared, time_limit: float | None = None, **options: Any) -> Result:

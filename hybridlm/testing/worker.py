@@ -129,7 +129,8 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
     """Answer jobs until the other side closes."""
     while True:
         try:
-            name, arguments = receive(source)
+            sys.path[:], job = receive(source)
+            name, arguments = pickle.loads(job)
         except EOFError:
             return
         except Exception as error:
@@ -148,8 +149,7 @@ def main() -> None:
     """Set the process up as the other side asked, and serve."""
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not land among the answers
-    path, blocked = receive(source)
-    sys.path[:] = path
+    blocked = receive(source)
     if blocked:
         sys.meta_path.insert(0, _Blocked(blocked))
     import torch

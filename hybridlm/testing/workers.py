@@ -5,6 +5,7 @@ Starting one takes seconds, most of them for importing torch, so all models of a
 
 import atexit
 import os
+import pickle
 import select
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
-        send(self.process.stdin, ([p for p in sys.path if p], without))
+        send(self.process.stdin, without)
 
     @property
     def is_alive(self) -> bool:
@@ -55,12 +56,14 @@ class Worker:
             NotApplicable: The arguments cannot be sent.
         """
         try:
-            send(self.process.stdin, (job, arguments))
+            data = pickle.dumps((job, arguments))
+        except Exception as error:  # pickle raises many types
+            raise NotApplicable(f"the class of the model cannot be sent to another process: {error}") from error
+        try:  # the path goes first: the arguments may need it to be read
+            send(self.process.stdin, ([path for path in sys.path if path], data))
         except OSError as error:
             self.stop()
             raise RuntimeError("the worker process has ended") from error
-        except Exception as error:  # pickle raises many types
-            raise NotApplicable(f"the class of the model cannot be sent to another process: {error}") from error
 
     def has_answered(self, seconds: float) -> bool:
         """Whether there is an answer, after waiting for at most so long."""

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-EXTRAS := dev,plot,peft
+EXTRAS := dev,plot,peft,quant
 RUN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # one thread a process: the tests' tensors are small, and pytest runs one process a core

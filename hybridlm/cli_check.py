@@ -222,7 +222,7 @@ def _matrix(reports: list["Report"]) -> Any:
 def _write(reports: list["Report"], json: Path | None, markdown: Path | None) -> None:
     from .testing.report import findings_markdown, summary_json, summary_markdown
 
-    command = shlex.join(["hybridlm", *sys.argv[1:]])
+    command = _command(sys.argv[1:])
     if json is not None:
         json.write_text(summary_json(reports, command) + "\n", encoding="utf-8")
     if markdown is not None:
@@ -230,6 +230,16 @@ def _write(reports: list["Report"], json: Path | None, markdown: Path | None) ->
         if len(reports) > 1:
             text = f"{summary_markdown(reports, command)}\n{findings_markdown(reports)}"
         markdown.write_text(text, encoding="utf-8")
+
+
+def _command(arguments: list[str]) -> str:
+    """The command without where it writes to."""
+    kept, skip = ["hybridlm"], False
+    for argument in arguments:
+        if not skip and not argument.startswith(("--json", "--markdown")):
+            kept.append(argument)
+        skip = argument in ("--json", "--markdown")
+    return shlex.join(kept)
 
 
 def _print_checks() -> None:

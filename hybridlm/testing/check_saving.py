@@ -29,7 +29,7 @@ def saved_is_loaded(subject: Subject) -> float:
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.data = parameter.data.clone()  # the last bit of a product depends on how its memory is aligned
-        logits = loaded(input_ids=subject.input_ids, use_cache=False).logits
+        logits = subject.call(loaded, input_ids=subject.input_ids, use_cache=False).logits
     return 0.0 if torch.equal(logits, subject.reference) else math.inf
 
 

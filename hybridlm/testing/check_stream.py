@@ -72,7 +72,7 @@ def causal_by_gradient(subject: Subject) -> float:
     embeds.requires_grad_()
     place = embeds.shape[1] // 2
     with torch.enable_grad():
-        logits = subject.model(inputs_embeds=embeds, use_cache=False).logits
+        logits = subject.call(inputs_embeds=embeds, use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[:, place].square().sum(), embeds)
     scale = float(gradient.abs().max())
     assert float(gradient[:, :place].abs().max()) > 1e-4 * scale, "the logits do not depend on earlier tokens"

@@ -179,7 +179,7 @@ def _check_causal(model: nn.Module) -> None:
     if logits is None or logits.shape[:2] != ids.shape:
         raise Unfit(f"{type(model).__name__} gives no logits [B, T, V]: it is no causal language model")
     leak = float((logits[:, 0] - moved[:, 0]).abs().max())
-    if getattr(model.config, "is_decoder", None) is False and leak > 1e-3 * float(logits.abs().max()):
+    if getattr(model.config, "is_decoder", None) is False and leak > 1e-6 * float(logits.abs().max()):
         raise Unfit(f"{type(model).__name__} is an encoder: config.is_decoder is False, and tokens see later ones")
 
 

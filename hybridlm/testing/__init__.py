@@ -10,6 +10,7 @@ A check raises `NotApplicable` when the model does not offer what it is about.
 
 from . import (
     check_generation,
+    check_loading,
     check_packing,
     check_padding,
     check_precision,
@@ -59,7 +60,7 @@ _FUNCTIONS = (
     check_training.losses_add_up,
     check_training.packed_losses_add_up,
     check_saving.saved_is_loaded,
-    check_saving.missing_keys,
+    check_loading.missing_keys,
     check_saving.float32_islands,
     check_precision.bf16_is_close,
     check_precision.recurrent_states_are_wide,

@@ -33,7 +33,7 @@ def state_matters(subject: Subject, least: float = 0.01) -> float:
     return 0.0
 
 
-def influences(subject: Subject, num_tokens: int = 3) -> dict[str, float]:
+def influences(subject: Subject, num_tokens: int = 8) -> dict[str, float]:
     """How far the logits of the next tokens move when one tensor of the cache is set to zero, by its name."""
     half = subject.input_ids.shape[1] // 2
     past, ahead = subject.input_ids[:, :half], subject.input_ids[:, half : half + num_tokens]

@@ -1,12 +1,10 @@
-"""Checks of saving and loading: the same bits, and proper values for what a checkpoint lacks."""
+"""Checks of saving and loading: the same bits, and what stays float32 under casts."""
 
 import math
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .base import Subject, quiet
@@ -31,57 +29,6 @@ def saved_is_loaded(subject: Subject) -> float:
             parameter.data = parameter.data.clone()  # the last bit of a product depends on how its memory is aligned
         logits = subject.call(loaded, input_ids=subject.input_ids, use_cache=False).logits
     return 0.0 if torch.equal(logits, subject.reference) else math.inf
-
-
-def missing_keys(subject: Subject) -> float:
-    """A key that a checkpoint lacks gets the value that a new model gives it, and the others keep their bits."""
-    model = subject.copy_of_model().float()
-    fresh = [_fresh(model, seed) for seed in range(6)]
-    saved = model.state_dict()
-    groups: dict[int, list[str]] = {}  # tied names are present or absent together
-    for name, value in saved.items():
-        groups.setdefault(value.data_ptr() if value.numel() else id(value), []).append(name)
-    keys = list(groups)
-    for chosen in (keys, keys[::2], keys[1::2]):
-        absent = {name for key in chosen for name in groups[key]}
-        loaded = _load_without(model, absent)
-        for name, value in saved.items():
-            if name in absent:
-                problem = _unlike_fresh(loaded[name], [state[name] for state in fresh])
-                assert problem is None, f"{name}: {problem}"
-            elif not torch.equal(loaded[name], value):
-                raise AssertionError(f"{name}: was in the checkpoint and changed")
-    return 0.0
-
-
-def _fresh(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return type(model)(model.config).state_dict()
-
-
-def _load_without(model: nn.Module, absent: set[str]) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as folder, quiet(), torch.random.fork_rng():
-        torch.manual_seed(100)
-        model.save_pretrained(folder)
-        path = Path(folder) / "model.safetensors"
-        save_file({k: v for k, v in load_file(path).items() if k not in absent}, path, metadata={"format": "pt"})
-        return type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-
-
-def _unlike_fresh(value: Tensor, samples: list[Tensor]) -> str | None:
-    """What tells a value from those of new models, or `None`."""
-    if not bool(torch.isfinite(value).all()):
-        return "is not finite"
-    if all(torch.equal(sample, samples[0]) for sample in samples):
-        return None if torch.equal(value, samples[0]) else "is not the constant that it starts with"
-    value, sample = value.double(), torch.cat([sample.flatten() for sample in samples]).double()
-    spread, number = float(sample.std()), value.numel()
-    if abs(float(value.mean() - sample.mean())) > 6 * spread / math.sqrt(number):
-        return f"has mean {float(value.mean()):.3g}, a new one {float(sample.mean()):.3g}"
-    if number >= 30 and not 0.5 < float(value.std()) / spread < 2:
-        return f"has standard deviation {float(value.std()):.3g}, a new one {spread:.3g}"
-    return None
 
 
 def _casts(model_type: type) -> dict[str, Callable[[nn.Module], nn.Module]]:

@@ -102,6 +102,7 @@ def prepare(
     if twin:
         scale_weights(model, seed)
         _slow_steps(model)
+        _undo_multipliers(model)
     if tokenizer is None and isinstance(source, str | Path) and not twin:
         with contextlib.suppress(Exception), quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -124,6 +125,24 @@ def _slow_steps(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if smallest and name.endswith("dt_bias") and parameter.dim() == 1:
             parameter[::2] = math.log(math.expm1(smallest))
+
+
+@torch.no_grad()
+def _undo_multipliers(model: nn.Module) -> None:
+    """Make up for a large factor on the embedding, and a small one on the scores.
+
+    Under the one random layers hardly change the stream, under the other random attention is uniform; trained weights
+    make up for both.
+    """
+    factor = getattr(model.config.get_text_config(), "embedding_multiplier", 1.0) or 1.0
+    if factor > 1:
+        model.get_input_embeddings().weight /= factor
+    for module in model.modules():
+        query, size = getattr(module, "q_proj", None), getattr(module, "head_dim", None)
+        factors = [getattr(part, "scaling", None) for part in (module, *module.children())]
+        factor = next((value for value in factors if isinstance(value, float) and value > 0), None)
+        if isinstance(query, nn.Linear) and size and factor and factor < size**-0.5:
+            query.weight *= size**-0.5 / factor
 
 
 def make_subject(model: nn.Module, ids: Tensor | None, seed: int, router_losses: bool) -> Subject:

@@ -161,11 +161,14 @@ def judge(row: Row, prepared: Prepared, time_limit: float | None = None, **optio
         if not result.error <= limit:
             result.verdict = DIFFERS
             result.reason = "not finite" if math.isinf(result.error) and row.name == "long_input" else ""
+    except Differs as error:
+        result.error = error.error
+        if not error.error <= limit:
+            result.verdict, result.reason = DIFFERS, str(error)
     except TimeLimit:
         result.verdict, result.reason = RAISES, f"took longer than the time limit of {time_limit:g} s"
     except Exception as error:
         result.verdict, result.reason = verdict_of(error, prepared.is_twin)
-        result.error = error.error if isinstance(error, Differs) else None
     finally:
         subject.model.eval()
         subject.model.zero_grad(set_to_none=True)
@@ -182,8 +185,6 @@ def verdict_of(error: Exception, is_twin: bool = False) -> tuple[str, str]:
         return (DIFFERS if is_twin else NOT_APPLICABLE), str(error)
     if isinstance(error, Refused):
         return REFUSED, str(error)
-    if isinstance(error, Differs):
-        return DIFFERS, str(error)
     if isinstance(error, AssertionError) and _raised_in(error).parent == _HERE:
         return DIFFERS, str(error)
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):

@@ -69,7 +69,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "minimax": _TRANSFORMER
     | _ROUTER
-    | {"num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "full_attention"]}
+    | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
     | {"num_local_experts": 4, "block_size": 8, "head_dim": 8},
     "recurrent_gemma": _SIZES
     | _TOKENS

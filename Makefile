@@ -29,9 +29,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),constraints-oldest.txt)
 
-# passive: threads that spin while they wait make training ten times slower as soon as other programs want the cores
 demo: $(VENV)/.installed  ## train, evaluate, save and reload a small hybrid on Python's standard library
-	OMP_WAIT_POLICY=passive $(RUN) train.py configs/runs/demo.yaml
+	$(RUN) train.py configs/runs/demo.yaml
 
 test: $(VENV)/.installed lint  ## ruff, and every test that is not slow and needs neither GPU nor network
 	$(TEST_ENV) $(RUN) -m pytest -q -n $(JOBS) -m "$(QUICK)"

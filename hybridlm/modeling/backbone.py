@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import DEFAULT_RECORD_WINDOW, HybridCache
@@ -32,6 +32,15 @@ from .router import Router
 from .stream import RowState, build_sequence, current_mask
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+logger = logging.get_logger(__name__)
+
+# what transformers passes to any forward
+_OTHER_ARGUMENTS = {
+    *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
+    *("num_items_in_batch", "cache_position", "token_type_ids"),
+}
 
 
 @dataclass
@@ -257,6 +266,8 @@ class HybridLMModel(HybridLMPreTrainedModel):
         Raises:
             ValueError: An argument has a wrong shape or value; the message names it. Nothing was changed then.
         """
+        for name in kwargs.keys() - _OTHER_ARGUMENTS if not compiling() else ():
+            logger.warning_once(f"{name}: unknown argument of forward, it has no effect")
         batch, length, device = self._check_inputs(input_ids, inputs_embeds)
         cache = self._cache_for(past_key_values, use_cache)
         reads_past = cache is not None and isinstance(attention_mask, Tensor) and not compiling()

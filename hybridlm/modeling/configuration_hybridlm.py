@@ -179,7 +179,9 @@ class HybridLMConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """Width of a head of the first attention layer."""
-        heads = max(self.num_attention_heads, 1)  # a wrong number is refused when the model is built
+        heads = self.num_attention_heads
+        if not isinstance(heads, int) or heads < 1:
+            heads = 1  # a wrong number is refused, with its path, when the model is built
         return self._first("mixer", ("attention",)).get("head_dim") or self.hidden_size // heads
 
     @property

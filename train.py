@@ -1,7 +1,7 @@
 """Train from a run file.
 
-    python train.py configs/runs/demo.yaml
-    accelerate launch train.py configs/runs/demo.yaml training.max_steps=5
+python train.py configs/runs/demo.yaml
+accelerate launch train.py configs/runs/demo.yaml training.max_steps=5
 """
 
 import argparse

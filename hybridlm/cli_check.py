@@ -1,5 +1,6 @@
 """`hybridlm check`: hold models to the promises of their state, and print, save or publish what was found."""
 
+import difflib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ Models = Annotated[
     typer.Argument(help="Model folders, hub ids, or presets by name.", show_default=False),
 ]
 Native = Annotated[str, typer.Option(help="Families of transformers, 'llama,mamba' or 'all': small random twins.")]
+MOST_PARAMETERS = 500_000_000  # of a preset, which is built with random weights
 Zoo = Annotated[bool, typer.Option("--zoo", help="All presets called tiny_*.")]
 Select = Annotated[str, typer.Option(help="Checks to run, 'left_padding,packed': names or how they begin.")]
 TimeLimit = Annotated[float, typer.Option(min=0, help="Seconds that one check may take; 0 for no limit.")]
@@ -84,7 +86,7 @@ def _sources(models: list[str], native: str, zoo: bool) -> list[tuple[str, Calla
     """What to check: names, and functions that give a config, a folder or a hub id."""
 
     def config_of(name: str) -> Callable[[], Any]:
-        return lambda: presets.load_config(name)
+        return lambda: _small_preset(name)
 
     def twin_of(family: str) -> Callable[[], Any]:
         from .testing.native import native_config
@@ -94,8 +96,13 @@ def _sources(models: list[str], native: str, zoo: bool) -> list[tuple[str, Calla
     known = presets.preset_names()
     found = []
     for name in models:
-        is_preset = name.replace("-", "_") in known and not Path(name).is_dir()
-        found.append((name, config_of(name) if is_preset else (lambda name=name: name)))
+        is_folder = Path(name).is_dir()
+        is_preset = not is_folder and name.replace("-", "_") in known
+        near = "/" not in name and difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if near and not is_preset and not is_folder:  # a slip, not an id to ask the Hub for
+            found.append((name, lambda name=name: presets.find_config(name)))
+        else:
+            found.append((name, config_of(name) if is_preset else (lambda name=name: name)))
     if native:
         from .testing.native import split_families
 
@@ -103,6 +110,16 @@ def _sources(models: list[str], native: str, zoo: bool) -> list[tuple[str, Calla
     if zoo:
         found += [(name, config_of(name)) for name in known if name.startswith("tiny_")]
     return found
+
+
+def _small_preset(name: str) -> Any:
+    from .analysis.planner import plan
+
+    config = presets.load_config(name)
+    size = plan(config).total.num_parameters
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{name}: {size:,} parameters are too many to build for a check; check tiny_{name}")
+    return config
 
 
 def _checked(name: str, make: Callable[[], Any], check_model: Any, options: dict[str, Any], progress: Any) -> "Report":

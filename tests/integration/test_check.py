@@ -418,3 +418,13 @@ def test_the_plugin_costs_nothing_where_nobody_asks_for_it(pytester):
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert "1 passed" in done.stdout, done.stdout
+
+
+def test_a_slip_in_a_preset_and_a_preset_too_large_to_build_are_told_at_once():
+    from hybridlm.cli_check import _checked, _sources
+
+    problems = [
+        _checked(name, make, None, {}, None).problem for name, make in _sources(["jamba", "tiny_jmaba"], "", False)
+    ]
+    assert "too many to build" in problems[0]
+    assert "tiny_jamba" in problems[1]

@@ -15,7 +15,7 @@ from hybridlm import presets
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("hybridlm", "configs", "hub_cards", "eval")
-FILES = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "constraints.txt")
+FILES = ("pyproject.toml", "pytest_hybridlm.py", "README.md", "LICENSE", ".gitignore", "constraints.txt")
 
 
 def run(*command, cwd, pythonpath=None):

@@ -1,6 +1,7 @@
 """What happens beside the steps of training: the router's bias, the progress bar, the metrics file."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ class SelectionBiasCallback(TrainerCallback):
 class TrainingBar(ProgressCallback):
     """A progress bar that carries the loss, the bits per byte and the speed, instead of printing each record."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar; into a file it writes seldom."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and not sys.stderr.isatty():
+            self.training_bar.mininterval = 10.0
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -37,7 +46,7 @@ class TrainingBar(ProgressCallback):
         if self.training_bar is not None and logs:
             shown = {label: f"{logs[key]:.4g}" for key, label in SHOWN.items() if key in logs}
             if shown:
-                self.training_bar.set_postfix(shown)
+                self.training_bar.set_postfix(shown, refresh=False)
 
 
 class MetricsFile(TrainerCallback):

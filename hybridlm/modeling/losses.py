@@ -134,6 +134,35 @@ def load_balancing_loss(
     return _weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
 
 
+def document_mean_loss(
+    values: Tensor,
+    *,
+    token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    label_tokens: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Mean of a value over the real tokens of each document, weighted as the cross entropy weighs documents.
+
+    Args:
+        values: `[B, T]`, one value a token; what stands at pads is never read.
+        token_mask: `[B, T]`, true at the tokens that count; None for all.
+        segment_ids: As in `load_balancing_loss`.
+        label_tokens: As in `load_balancing_loss`. A document without a token that counts adds 0.
+        num_items_in_batch: As in `load_balancing_loss`.
+
+    Returns:
+        The scalar `sum_d label_tokens_d * mean_d / num_items_in_batch`.
+    """
+    values = values.to(state_dtype(values.dtype))
+    real = torch.ones_like(values) if token_mask is None else token_mask.to(values.dtype)
+    if token_mask is not None:
+        values = values.where(token_mask.bool(), 0.0)
+    num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
+    means = _sum_by_document(values, segment_ids) / num_tokens.clamp(min=1)
+    return _weigh_documents(means, num_tokens, label_tokens, num_items_in_batch)
+
+
 def router_z_loss(
     router_logits: Tensor,
     *,
@@ -154,15 +183,22 @@ def router_z_loss(
     Returns:
         The scalar `sum_d label_tokens_d * loss_d / num_items_in_batch`.
     """
-    router_logits, real = _without_pads(router_logits, token_mask)
-    squares = router_logits.logsumexp(-1).square() * real
-    num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
-    losses = _sum_by_document(squares, segment_ids) / num_tokens.clamp(min=1)
-    return _weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
+    router_logits, _ = _without_pads(router_logits, token_mask)
+    return document_mean_loss(
+        router_logits.logsumexp(-1).square(),
+        token_mask=token_mask,
+        segment_ids=segment_ids,
+        label_tokens=label_tokens,
+        num_items_in_batch=num_items_in_batch,
+    )
 
 
 def batch_load_balancing_loss(
-    router_logits: Sequence[Tensor], top_k: int, *, scores: str = "softmax", token_mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    *,
+    scores: str = "softmax",
+    token_mask: Tensor | Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Load balancing loss over the tokens of all layers and rows at once, transformers' `load_balancing_loss_func`.
 
@@ -172,10 +208,11 @@ def batch_load_balancing_loss(
         router_logits: One `[B, T, E]` a layer.
         top_k: Experts a token k.
         scores: As in `load_balancing_loss`.
-        token_mask: `[B, T]`, true at real tokens; None for all.
+        token_mask: `[B, T]`, true at real tokens; None for all. Or a list with one a layer.
     """
-    mask = None if token_mask is None else token_mask.repeat(len(router_logits), 1)
-    stacked, real = _without_pads(torch.cat(list(router_logits)), mask)  # [layers * B, T, E], [layers * B, T]
+    masks = token_mask if isinstance(token_mask, (list, tuple)) else [token_mask] * len(router_logits)
+    parts = [_without_pads(logits, mask) for logits, mask in zip(router_logits, masks, strict=True)]
+    stacked, real = (torch.cat(x) for x in zip(*parts, strict=True))  # [layers * B, T, E], [layers * B, T]
     probabilities = _probabilities(stacked, scores)
     counts = (_chosen(probabilities, top_k) * real[..., None]).sum((0, 1))  # [E]
     shares = (probabilities * real[..., None]).sum((0, 1))
@@ -188,6 +225,17 @@ def batch_router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = No
     return (router_logits.logsumexp(-1).square() * real).sum() / real.sum().clamp(min=1)
 
 
+def _masks_of_layers(
+    layer_masks: Sequence[Tensor | None] | None, token_mask: Tensor | None, num_layers: int
+) -> list[Tensor | None]:
+    """The mask of each expert layer."""
+    if layer_masks is None:
+        return [token_mask] * num_layers
+    if len(layer_masks) != num_layers:
+        raise ValueError(f"layer_masks: got {len(layer_masks)} for {num_layers} expert layers")
+    return [token_mask if mask is None else mask for mask in layer_masks]
+
+
 def router_losses(
     moe_modules: Sequence[nn.Module],
     router_logits: Sequence[Tensor],
@@ -197,6 +245,7 @@ def router_losses(
     num_items_in_batch: Tensor | int | None = None,
     *,
     shifted: bool = False,
+    layer_masks: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Add up the router losses of a model, each times its layer's coefficient.
 
@@ -212,6 +261,8 @@ def router_losses(
         segment_ids: `[B, T]`; None for one document a row.
         num_items_in_batch: As in `load_balancing_loss`.
         shifted: Whether `labels` are `shift_labels`.
+        layer_masks: `[B, T]` for each expert layer, true at the tokens that reached it, for layers that see only some;
+            None, as a whole or for a layer, for `token_mask`. Documents keep the weight of all their label tokens.
 
     Returns:
         `{"load_balancing": scalar, "z": scalar}`, to be added to the cross entropy.
@@ -221,22 +272,24 @@ def router_losses(
     label_tokens = None
     if labels is not None:
         label_tokens = label_tokens_per_document(labels, segment_ids, token_mask, shifted=shifted)
-    where = {"token_mask": token_mask, "segment_ids": segment_ids}
-    where |= {"label_tokens": label_tokens, "num_items_in_batch": num_items_in_batch}
+    where = {"segment_ids": segment_ids, "label_tokens": label_tokens, "num_items_in_batch": num_items_in_batch}
     balance, z, batch_groups = [], [], {}
-    for moe, logits in zip(moe_modules, router_logits, strict=True):
+    masks = _masks_of_layers(layer_masks, token_mask, len(moe_modules))
+    for moe, logits, mask in zip(moe_modules, router_logits, masks, strict=True):
         top_k, scores = moe.router.top_k, moe.router.score_function
         if moe.load_balancing_coef and moe.loss_scope == "batch":
             key = (logits.shape[-1], top_k, scores, moe.load_balancing_coef)
-            batch_groups.setdefault(key, []).append(logits)
+            batch_groups.setdefault(key, []).append((logits, mask))
         elif moe.load_balancing_coef:
-            balance.append(moe.load_balancing_coef * load_balancing_loss(logits, top_k, scores=scores, **where))
+            loss = load_balancing_loss(logits, top_k, scores=scores, token_mask=mask, **where)
+            balance.append(moe.load_balancing_coef * loss)
         if moe.z_loss_coef and moe.loss_scope == "batch":
-            z.append(moe.z_loss_coef * batch_router_z_loss(logits, token_mask=token_mask))
+            z.append(moe.z_loss_coef * batch_router_z_loss(logits, token_mask=mask))
         elif moe.z_loss_coef:
-            z.append(moe.z_loss_coef * router_z_loss(logits, **where))
+            z.append(moe.z_loss_coef * router_z_loss(logits, token_mask=mask, **where))
     for (_, top_k, scores, coef), group in batch_groups.items():
-        loss = batch_load_balancing_loss(group, top_k, scores=scores, token_mask=token_mask)
+        logits, masks = ([pair[i] for pair in group] for i in (0, 1))
+        loss = batch_load_balancing_loss(logits, top_k, scores=scores, token_mask=masks)
         balance.append(coef * len(group) * loss)
     zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros(())
     return {
@@ -247,7 +300,11 @@ def router_losses(
 
 @torch.no_grad()
 def count_expert_load(
-    moe_modules: Sequence[nn.Module], router_logits: Sequence[Tensor], token_mask: Tensor | None = None
+    moe_modules: Sequence[nn.Module],
+    router_logits: Sequence[Tensor],
+    token_mask: Tensor | None = None,
+    *,
+    layer_masks: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Add the real tokens each expert got to the routers' `tokens_per_expert`.
 
@@ -258,34 +315,35 @@ def count_expert_load(
         moe_modules: The `MoE` modules, in order.
         router_logits: Their recorded logits, `[B, T, E]` each.
         token_mask: `[B, T]`, true at real tokens; None for all.
+        layer_masks: As in `router_losses`.
     """
-    for moe, logits in zip(moe_modules, router_logits, strict=True):
+    masks = _masks_of_layers(layer_masks, token_mask, len(moe_modules))
+    for moe, logits, mask in zip(moe_modules, router_logits, masks, strict=True):
         indices = moe.router.select(moe.router.scores(logits))  # [B, T, k]
         chosen = torch.zeros(logits.shape, dtype=torch.long, device=logits.device).scatter_(-1, indices, 1)
-        if token_mask is not None:
-            chosen *= token_mask[..., None].to(chosen.dtype)
+        if mask is not None:
+            chosen *= mask[..., None].to(chosen.dtype)
         moe.router.add_load(chosen.sum((0, 1)))
 
 
 @torch.no_grad()
 def update_selection_bias(model: nn.Module, process_group: "torch.distributed.ProcessGroup | None" = None) -> None:
-    """Move every selection bias towards balance and start counting anew; call it once an optimizer step.
+    """Move every bias that balances a load without a loss, and start counting anew; call it once an optimizer step.
 
-    The bias of an expert with less than the mean load rises by the router's `bias_update_rate`, with more it falls. A
-    router in eval mode is left as it is.
+    It reaches every module that has `load_counts() -> Tensor`, what it counted since the last call (1-D, float64), and
+    `apply_load(counts)`, which gets the sum over all processes, moves the bias and resets the counts. A module in eval
+    mode is left as it is.
 
     Args:
-        model: Any module with routers inside.
-        process_group: Ranks whose loads are added up; None for the default group, if `torch.distributed` runs.
+        model: Any module with such modules inside.
+        process_group: Ranks whose counts are added up; None for the default group, if `torch.distributed` runs.
     """
-    routers = [module for module in model.modules() if hasattr(module, "reset_load") and module.training]
-    biased = [router for router in routers if router.selection_bias is not None]
-    if biased:
-        loads = torch.cat([router.tokens_per_expert.to(router.selection_bias.device) for router in biased])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(loads, group=process_group)
-        for router, load in zip(biased, loads.split([router.num_experts for router in biased]), strict=True):
-            missing = load.double().mean() - load
-            router.selection_bias += router.bias_update_rate * missing.sign().to(router.selection_bias.dtype)
-    for router in routers:
-        router.reset_load()
+    modules = [module for module in model.modules() if hasattr(module, "apply_load") and module.training]
+    if not modules:
+        return
+    counts = [module.load_counts() for module in modules]
+    total = torch.cat([count.to(counts[0].device, torch.float64) for count in counts])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total, group=process_group)
+    for module, share in zip(modules, total.split([len(count) for count in counts]), strict=True):
+        module.apply_load(share)

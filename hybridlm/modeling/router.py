@@ -118,6 +118,18 @@ class Router(Float32Islands):
         """Set `tokens_per_expert` to zero."""
         self._load = None
 
+    def load_counts(self) -> Tensor:
+        """What `losses.update_selection_bias` adds up over processes: `tokens_per_expert` as float64, `[E]`."""
+        return self.tokens_per_expert.double()
+
+    @torch.no_grad()
+    def apply_load(self, counts: Tensor) -> None:
+        """Raise the bias of experts with less than the mean of `counts` `[E]`, lower the others, and count anew."""
+        if self.selection_bias is not None:
+            missing = (counts.mean() - counts).sign().to(self.selection_bias)
+            self.selection_bias += self.bias_update_rate * missing
+        self.reset_load()
+
     def scores(self, router_logits: Tensor) -> Tensor:
         """Turn logits `[..., E]` into scores `[..., E]`, without the selection bias."""
         return router_logits.sigmoid() if self.score_function == "sigmoid" else router_logits.softmax(-1)

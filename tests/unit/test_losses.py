@@ -11,6 +11,7 @@ from hybridlm.modeling.channel_moe import MoE
 from hybridlm.modeling.losses import (
     batch_load_balancing_loss,
     count_expert_load,
+    document_mean_loss,
     label_tokens_per_document,
     load_balancing_loss,
     router_losses,
@@ -273,3 +274,74 @@ def test_counts_travel_with_a_copy_and_not_with_a_checkpoint():
     moe.router.add_load(torch.arange(EXPERTS))
     assert torch.equal(copy.deepcopy(moe).router.tokens_per_expert, torch.arange(EXPERTS))
     assert not any("tokens_per_expert" in name or "load" in name for name in moe.state_dict())
+
+
+def test_a_layer_that_saw_some_tokens_is_judged_by_those():
+    moes, mask = modules(selection_bias=True), torch.arange(7) < torch.tensor([[7], [5]])
+    logits = [torch.randn(2, 7, EXPERTS, dtype=torch.float64) for _ in moes]
+    reached = torch.rand(2, 7) < 0.5
+    labels = torch.zeros(2, 7, dtype=torch.long)
+    masks = [None, reached & mask, None]
+    whole = router_losses(moes, logits, labels, mask, num_items_in_batch=10)
+    some = router_losses(moes, logits, labels, mask, num_items_in_batch=10, layer_masks=masks)
+    alone = [
+        router_losses(moes[1:2], logits[1:2], labels, mask, num_items_in_batch=10, layer_masks=[x]) for x in masks[:2]
+    ]
+    for name in whole:  # the documents keep the weight of all their labels
+        torch.testing.assert_close(some[name] - whole[name], (alone[1][name] - alone[0][name]) / 3)
+        assert some[name] != whole[name]
+    count_expert_load(moes, logits, mask, layer_masks=masks)
+    assert [int(moe.router.tokens_per_expert.sum()) for moe in moes] == [
+        TOP_K * int(x.sum()) for x in (mask, reached & mask, mask)
+    ]
+    with pytest.raises(ValueError, match=r"^layer_masks: got 1 for 3 expert layers"):
+        router_losses(moes, logits, layer_masks=[None])
+
+
+def test_layers_of_batch_scope_may_see_different_tokens():
+    logits, reached = [torch.randn(2, 5, EXPERTS) for _ in range(3)], torch.rand(2, 5) < 0.6
+    moes = modules(loss_scope="batch", z_loss_coef=0.0)
+    losses = router_losses(moes, logits, layer_masks=[None, reached, None])
+    kept = [torch.cat([x.flatten(0, 1) for x in (logits[0], logits[1][reached][None], logits[2])])[None]]
+    torch.testing.assert_close(losses["load_balancing"], 0.3 * batch_load_balancing_loss(kept, TOP_K))
+
+
+def test_the_mean_of_a_document_weighs_as_its_labels():
+    values, mask = torch.randn(1, 6), torch.tensor([[True, True, False, True, True, False]])
+    segments, labels = torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[3, 1, 0, 0, 0, 0]])
+    loss = document_mean_loss(
+        values.masked_fill(~mask, float("nan")),
+        token_mask=mask,
+        segment_ids=segments,
+        label_tokens=labels,
+        num_items_in_batch=8,
+    )
+    torch.testing.assert_close(loss, (3 * values[0, :2].mean() + values[0, 3:5].mean()) / 8)
+
+
+class Threshold(torch.nn.Module):
+    """Anything with a load: a bias that moves towards a share."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(()))
+        self.counts = torch.zeros(2, dtype=torch.float64)
+
+    def load_counts(self):
+        return self.counts
+
+    def apply_load(self, counts):
+        self.bias += 0.1 * (0.125 - counts[0] / counts[1])
+        self.counts = torch.zeros_like(counts)
+
+
+def test_one_update_reaches_routers_and_whatever_else_has_a_load():
+    moe, threshold = modules(selection_bias=True, bias_update_rate=0.01)[0], Threshold()
+    moe.router.add_load(torch.tensor([9, 3, 5, 5, 5, 3]))
+    threshold.counts += torch.tensor([5.0, 10.0])
+    update_selection_bias(torch.nn.ModuleList([threshold, moe]))
+    torch.testing.assert_close(threshold.bias, torch.tensor(-0.0375))
+    assert moe.router.selection_bias[0] == -0.01
+    threshold.eval()
+    update_selection_bias(threshold)
+    torch.testing.assert_close(threshold.bias, torch.tensor(-0.0375))

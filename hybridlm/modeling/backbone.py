@@ -26,7 +26,7 @@ from .masks import Compaction, SequenceInfo, compiling
 from .mixer_attention import AttentionProduct
 from .norms import build_norm
 from .quantization import with_skip_list
-from .registry import resolve_config
+from .registry import build_residual_head, resolve_config
 from .remote_code import auto_map, foreign_parts, ship_code
 from .router import Router
 from .stream import RowState, build_sequence, current_mask
@@ -65,7 +65,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridLMLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "selection_bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "selection_bias", "mix_weight", "mix_base", "mix_scale"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -191,9 +191,11 @@ class HybridLMModel(HybridLMPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridLMLayer(config, i) for i in range(config.num_hidden_layers))
+        self.residual_head = build_residual_head(config.residual, config.hidden_size)
         self.norm = build_norm(config.norm, config.hidden_size)
         self.gradient_checkpointing = False
-        shape = {name: getattr(config, name) for name in ("hidden_size", "layer_specs", "layer_layout", "norm")}
+        fields = ("hidden_size", "layer_specs", "layer_layout", "norm", "residual")
+        shape = {name: getattr(config, name) for name in fields}
         self.signature = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
         self.post_init()
 
@@ -302,6 +304,10 @@ class HybridLMModel(HybridLMPreTrainedModel):
             cache.plan(sequence)
         kwargs.pop("return_dict", None)
         output = self._run_layers(inputs_embeds, sequence, cache, return_dict=True, **kwargs)
+        if self.residual_head is not None and output.hidden_states:
+            output.hidden_states = tuple(
+                x.mean(2) if x is not None and x.dim() == 4 else x for x in output.hidden_states
+            )
         if cache is not None:
             cache.commit(length, real, sequence, rows)
         output.segment_ids = sequence.segment_ids
@@ -330,8 +336,12 @@ class HybridLMModel(HybridLMPreTrainedModel):
             hidden_states = hidden_states * self.config.embedding_multiplier
         hidden_states = nn.functional.dropout(hidden_states, self.config.embedding_dropout, self.training)
         sequence.inputs_embeds = hidden_states
+        if self.residual_head is not None:
+            hidden_states = self.residual_head.expand(hidden_states)  # [B, T, streams, D]
         for layer in self.layers:
             hidden_states = layer(hidden_states, sequence=sequence, past_key_values=cache)
+        if self.residual_head is not None:
+            hidden_states = self.residual_head.collapse(hidden_states)
         return HybridLMModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
 
     @staticmethod

@@ -6,7 +6,7 @@ Placements: `pre` is x + f(norm(x)), `post` is norm(x + f(x)), `sandwich` is x +
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache import HybridCache
@@ -41,8 +41,22 @@ class HybridLMLayer(GradientCheckpointingLayer):
             self.add_module(f"{short}_norm", build_norm(norm, size) if before else None)
             self.add_module(half, build_part(spec[half], registry, path, size) if present else None)
             self.add_module(f"{short}_post_norm", build_norm(norm, size) if after else None)
-            residual = build_part(config.residual, RESIDUALS, "residual", size) if present else None
+            residual = self._build_residual(config, half) if present else None
             self.add_module(f"{short}_residual", residual)
+
+    def _build_residual(self, config: Any, half: str) -> nn.Module:
+        residual = build_part(config.residual, RESIDUALS, "residual", config.hidden_size)
+        if self.placement not in residual.placements:
+            allowed = " or ".join(repr(name) for name in residual.placements)
+            raise ValueError(
+                f"residual: {config.residual['name']} needs norm placement {allowed}, recipe "
+                f"{config.layer_layout[self.layer_idx]!r} has {self.placement!r}, which leaves what a sub-layer sees "
+                "without a norm"
+            )
+        specs = [config.layer_specs[recipe] for recipe in config.layer_layout[: self.layer_idx + 1]]
+        present = [(depth, name) for depth, spec in enumerate(specs) for name in HALVES if spec[name] is not None]
+        residual.place(present.index((self.layer_idx, half)))
+        return residual
 
     def new_entry(self, static_length: int | None = None) -> HybridCacheLayer:
         """Make this layer's entry for a cache; `static_length` slots, or growing when `None`."""
@@ -70,19 +84,19 @@ class HybridLMLayer(GradientCheckpointingLayer):
         short = half.removesuffix("_mixer")
         norm, post_norm = getattr(self, f"{short}_norm"), getattr(self, f"{short}_post_norm")
         residual = getattr(self, f"{short}_residual")
-        inner = residual.read(hidden_states)
+        inner, context = residual(hidden_states)
         inner = inner if norm is None else norm(inner)
         entry = None if entries is None else getattr(entries, half)
         update = module(inner, None, sequence)[0] if entry is None else entry.run(module, inner, sequence)
         if self.placement == "sandwich":
             update = post_norm(update)
-        hidden_states = residual.write(hidden_states, update)
+        hidden_states = residual.write(hidden_states, update, context)
         return post_norm(hidden_states) if self.placement == "post" else hidden_states
 
     def forward(
         self, hidden_states: Tensor, sequence: SequenceInfo | None = None, past_key_values: HybridCache | None = None
     ) -> Tensor:
-        """Map the stream `[B, T, D]` to the stream after this layer."""
+        """Map the stream, `[B, T, D]` or `[B, T, streams, D]`, to the stream after this layer."""
         entries = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         for half in HALVES:
             hidden_states = self._apply_half(half, hidden_states, sequence, entries)

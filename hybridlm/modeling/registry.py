@@ -112,6 +112,11 @@ def build_part(spec: dict, registry: dict[str, type], path: str, size: int) -> n
         raise ValueError(f"{path}.{error}") from error
 
 
+def build_residual_head(spec: dict, size: int) -> nn.Module | None:
+    """Build what stands before the first and after the last layer for a resolved `residual` entry, or `None`."""
+    return RESIDUALS[spec["name"]].head(size, **{key: value for key, value in spec.items() if key != "name"})
+
+
 def resolve_norm(spec: Any, path: str) -> dict:
     """Check a `norm` entry and write out its options.
 

@@ -3,12 +3,12 @@
 Reference: He et al. 2015, arXiv:1512.03385; LayerScale: Touvron et al. 2021, arXiv:2103.17239.
 """
 
-import torch
-from torch import Tensor, nn
-from transformers import initialization as init
+from torch import Tensor
+
+from .connections import Residual
 
 
-class AddResidual(nn.Module):
+class AddResidual(Residual):
     """`x + multiplier * scale * f(x)`.
 
     Args:
@@ -21,28 +21,13 @@ class AddResidual(nn.Module):
     def __init__(
         self, hidden_size: int, *, multiplier: float = 1.0, layer_scale: float | None = None, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
-        self.multiplier, self.layer_scale, self.dropout = multiplier, layer_scale, dropout
-        self.scale = None if layer_scale is None else nn.Parameter(torch.empty(hidden_size))
+        super().__init__(hidden_size, multiplier=multiplier, layer_scale=layer_scale, dropout=dropout)
         self.init_weights(0.0)
 
-    def init_weights(self, std: float) -> None:
-        """Set the learned factor to its initial value."""
-        if self.scale is not None:
-            init.constant_(self.scale, self.layer_scale)
+    def forward(self, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read the stream `[B, T, D]`: what the sub-layer sees, and the learned factor for `write`."""
+        return stream, self.scale
 
-    def read(self, stream: Tensor) -> Tensor:
-        """What the sub-layer sees of the stream `[B, T, D]`."""
-        return stream
-
-    def write(self, stream: Tensor, update: Tensor) -> Tensor:
+    def write(self, stream: Tensor, update: Tensor, context: Tensor | None) -> Tensor:
         """The stream after the sub-layer's output `[B, T, D]`."""
-        if self.scale is not None:
-            update = update * self.scale
-        if self.multiplier != 1.0:
-            update = update * self.multiplier
-        if self.dropout:
-            update = nn.functional.dropout(update, self.dropout, self.training)
-        return stream + update
+        return stream + self.scaled(update, context)

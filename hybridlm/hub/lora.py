@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..modeling.backbone import HybridLMModel
-from ..modeling.channel_moe import Experts
+from ..modeling.experts import Experts
 
 
 def lora_targets(config: Any, *, experts: bool = True) -> dict[str, list[str]]:

@@ -15,22 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .document_loss import document_mean_loss, label_tokens_per_document, sum_by_document, weigh_documents
 from .precision import state_dtype
-
-
-def _documents(segment_ids: Tensor) -> Tensor:
-    """Number the segments of each row from 0, `[B, T]`, whatever their ids are."""
-    borders = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return nn.functional.pad(borders.long().cumsum(-1), (1, 0))
-
-
-def _sum_by_document(values: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """Sum `[B, T, ...]` over the tokens of each document, giving `[B, M, ...]`."""
-    if segment_ids is None:
-        return values.sum(1, keepdim=True)
-    index = _documents(segment_ids)
-    index = index.view(*index.shape, *(1,) * (values.dim() - 2)).expand_as(values)
-    return torch.zeros_like(values).scatter_add(1, index, values)
 
 
 def _without_pads(router_logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,46 +42,6 @@ def _chosen(probabilities: Tensor, top_k: int) -> Tensor:
     """1 at the k largest of `[..., E]`, without any selection bias, as DeepSeek-V3 counts."""
     indices = probabilities.topk(top_k, dim=-1).indices
     return torch.zeros_like(probabilities).scatter(-1, indices, 1.0)
-
-
-def label_tokens_per_document(
-    labels: Tensor, segment_ids: Tensor | None = None, token_mask: Tensor | None = None, *, shifted: bool = False
-) -> Tensor:
-    """Count the tokens of each document that have a label to predict.
-
-    Args:
-        labels: `[B, T]`, laid out as the router logits are, -100 where there is none. The label at t + 1 is predicted
-            at t, so a document's first label is predicted by nobody.
-        segment_ids: `[B, T]` or None for one document a row.
-        token_mask: `[B, T]`, true at real tokens, or None for all.
-        shifted: Whether `labels` are `shift_labels`, with the label predicted at t at t.
-
-    Returns:
-        `[B, M]`, int64.
-    """
-    predicted = labels != -100
-    if not shifted:
-        predicted = predicted[:, 1:]
-        if segment_ids is not None:
-            predicted = predicted & (segment_ids[:, 1:] == segment_ids[:, :-1])
-        if token_mask is not None:
-            predicted = predicted & token_mask[:, 1:].bool()
-        predicted = nn.functional.pad(predicted, (0, 1))
-    if token_mask is not None:
-        predicted = predicted & token_mask.bool()
-    return _sum_by_document(predicted.long(), segment_ids)
-
-
-def _weigh_documents(
-    losses: Tensor, num_tokens: Tensor, label_tokens: Tensor | None, num_items_in_batch: Tensor | int | None
-) -> Tensor:
-    """Sum losses of documents `[B, M]`, each times its label tokens, divided by the items in the batch."""
-    weights = num_tokens if label_tokens is None else label_tokens.to(losses.dtype)
-    if num_items_in_batch is None:
-        num_items_in_batch = weights.sum().clamp(min=1)
-    elif isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(losses.device)
-    return (losses * weights).sum() / num_items_in_batch
 
 
 def load_balancing_loss(
@@ -127,40 +73,11 @@ def load_balancing_loss(
     """
     router_logits, real = _without_pads(router_logits, token_mask)
     probabilities = _probabilities(router_logits, scores)
-    counts = _sum_by_document(_chosen(probabilities, top_k) * real[..., None], segment_ids)  # [B, M, E]
-    shares = _sum_by_document(probabilities * real[..., None], segment_ids)
-    num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
+    counts = sum_by_document(_chosen(probabilities, top_k) * real[..., None], segment_ids)  # [B, M, E]
+    shares = sum_by_document(probabilities * real[..., None], segment_ids)
+    num_tokens = sum_by_document(real, segment_ids)  # [B, M]
     losses = router_logits.shape[-1] * (counts * shares).sum(-1) / num_tokens.clamp(min=1).square()
-    return _weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
-
-
-def document_mean_loss(
-    values: Tensor,
-    *,
-    token_mask: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    label_tokens: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-) -> Tensor:
-    """Mean of a value over the real tokens of each document, weighted as the cross entropy weighs documents.
-
-    Args:
-        values: `[B, T]`, one value a token; what stands at pads is never read.
-        token_mask: `[B, T]`, true at the tokens that count; None for all.
-        segment_ids: As in `load_balancing_loss`.
-        label_tokens: As in `load_balancing_loss`. A document without a token that counts adds 0.
-        num_items_in_batch: As in `load_balancing_loss`.
-
-    Returns:
-        The scalar `sum_d label_tokens_d * mean_d / num_items_in_batch`.
-    """
-    values = values.to(state_dtype(values.dtype))
-    real = torch.ones_like(values) if token_mask is None else token_mask.to(values.dtype)
-    if token_mask is not None:
-        values = values.where(token_mask.bool(), 0.0)
-    num_tokens = _sum_by_document(real, segment_ids)  # [B, M]
-    means = _sum_by_document(values, segment_ids) / num_tokens.clamp(min=1)
-    return _weigh_documents(means, num_tokens, label_tokens, num_items_in_batch)
+    return weigh_documents(losses, num_tokens, label_tokens, num_items_in_batch)
 
 
 def router_z_loss(
@@ -276,7 +193,7 @@ def router_losses(
     balance, z, batch_groups = [], [], {}
     masks = _masks_of_layers(layer_masks, token_mask, len(moe_modules))
     for moe, logits, mask in zip(moe_modules, router_logits, masks, strict=True):
-        top_k, scores = moe.router.top_k, moe.router.score_function
+        top_k, scores = moe.router.balanced_top_k, moe.router.score_function
         if moe.load_balancing_coef and moe.loss_scope == "batch":
             key = (logits.shape[-1], top_k, scores, moe.load_balancing_coef)
             batch_groups.setdefault(key, []).append((logits, mask))
@@ -305,8 +222,9 @@ def count_expert_load(
     token_mask: Tensor | None = None,
     *,
     layer_masks: Sequence[Tensor | None] | None = None,
+    token_ids: Tensor | None = None,
 ) -> None:
-    """Add the real tokens each expert got to the routers' `tokens_per_expert`.
+    """Add the real tokens each expert got to the routers' `tokens_per_expert`; a token that was dropped counts too.
 
     Call it once a forward in training, with the recorded logits: counting inside the layers would count twice under
     gradient checkpointing.
@@ -316,14 +234,14 @@ def count_expert_load(
         router_logits: Their recorded logits, `[B, T, E]` each.
         token_mask: `[B, T]`, true at real tokens; None for all.
         layer_masks: As in `router_losses`.
+        token_ids: `[B, T]`; only hash routing needs them.
     """
     masks = _masks_of_layers(layer_masks, token_mask, len(moe_modules))
     for moe, logits, mask in zip(moe_modules, router_logits, masks, strict=True):
-        indices = moe.router.select(moe.router.scores(logits))  # [B, T, k]
-        chosen = torch.zeros(logits.shape, dtype=torch.long, device=logits.device).scatter_(-1, indices, 1)
-        if mask is not None:
-            chosen *= mask[..., None].to(chosen.dtype)
-        moe.router.add_load(chosen.sum((0, 1)))
+        chosen = moe.router.choices(logits, mask, token_ids)  # [B, T, E]
+        logits, real = _without_pads(logits, mask)
+        shares = _probabilities(logits, moe.router.score_function) * real[..., None]
+        moe.router.add_load(chosen.sum((0, 1)), shares.sum((0, 1)))
 
 
 @torch.no_grad()

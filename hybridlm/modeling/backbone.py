@@ -5,14 +5,13 @@ Shapes: B batch, T tokens, D hidden size.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -22,13 +21,15 @@ from .channel_moe import MoE
 from .checkpoint import align_tensors, check_weights
 from .configuration_hybridlm import HybridLMConfig
 from .layer import HybridLMLayer
-from .masks import Compaction, SequenceInfo, compiling
-from .mixer_attention import AttentionProduct
+from .masks import SequenceInfo, compiling
+from .mixer_attention import AttentionMixer, AttentionProduct
 from .norms import build_norm
+from .outputs import HybridLMModelOutput, leave_compaction, leave_spans
 from .quantization import with_skip_list
-from .registry import build_residual_head, resolve_config
+from .registry import SPANS, build_part, build_residual_head, resolve_config, span_places
 from .remote_code import auto_map, foreign_parts, ship_code
 from .router import Router
+from .spans import Journal
 from .stream import RowState, build_sequence, current_mask
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -36,24 +37,13 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 
 logger = logging.get_logger(__name__)
 
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
 # what transformers passes to any forward
 _OTHER_ARGUMENTS = {
     *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
     *("num_items_in_batch", "cache_position", "token_type_ids"),
 }
-
-
-@dataclass
-class HybridLMModelOutput(MoeModelOutputWithPast):
-    """What the base model returns.
-
-    Attributes:
-        token_mask: `[B, T]`, True at real tokens; `None` when all are.
-        segment_ids: `[B, T]`, number of the document inside the row; `None` when a row holds one.
-    """
-
-    token_mask: Tensor | None = None
-    segment_ids: Tensor | None = None
 
 
 class HybridLMPreTrainedModel(PreTrainedModel):
@@ -158,8 +148,15 @@ class HybridLMPreTrainedModel(PreTrainedModel):
         if static and (max_length is None or max_length < 1):
             raise ValueError(f"max_length: a static cache needs it, at least 1, got {max_length}")
         length = max_length if static else None
-        layers = [layer.new_entry(length) for layer in self.base_model.layers]
-        return HybridCache(layers, self.base_model.signature, batch_size, length, record_window)
+        base = self.base_model
+        spans = []
+        rooms = dict.fromkeys(range(len(base.layers)), length)  # slots a layer needs
+        for span in base.spans:
+            entry = span.new_entry(rooms[span.start])
+            spans.append(entry)
+            rooms.update(dict.fromkeys(entry.layers, entry.max_length))
+        layers = [layer.new_entry(rooms[number]) for number, layer in enumerate(base.layers)]
+        return HybridCache(layers, spans, base.signature, batch_size, length, record_window)
 
     def check_cache(self, cache: Any) -> None:
         """Refuse a cache that is not ours, or was made for another architecture.
@@ -191,18 +188,32 @@ class HybridLMModel(HybridLMPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridLMLayer(config, i) for i in range(config.num_hidden_layers))
+        self.spans = nn.ModuleList()
+        for entry, start, stop, parent in span_places(config):
+            span = build_part(config.spans[entry], SPANS, f"spans.{entry}", config.hidden_size)
+            span.place(len(self.spans), start, stop, parent)
+            self.spans.append(span)
         self.residual_head = build_residual_head(config.residual, config.hidden_size)
         self.norm = build_norm(config.norm, config.hidden_size)
         self.gradient_checkpointing = False
-        fields = ("hidden_size", "layer_specs", "layer_layout", "norm", "residual")
+        fields = ("hidden_size", "layer_specs", "layer_layout", "spans", "norm", "residual")
         shape = {name: getattr(config, name) for name in fields}
         self.signature = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
         self.post_init()
 
+    def _depths(self, half: str, kind: type) -> list[int]:
+        """Depths of the layers with a part of a kind."""
+        return [depth for depth, layer in enumerate(self.layers) if isinstance(getattr(layer, half), kind)]
+
     @property
     def moe_layers(self) -> list[MoE]:
         """The mixture-of-experts parts, in order."""
-        return [module for module in self.modules() if isinstance(module, MoE)]
+        return [self.layers[depth].channel_mixer for depth in self.moe_depths]
+
+    @property
+    def moe_depths(self) -> list[int]:
+        """Depths of the layers with experts."""
+        return self._depths("channel_mixer", MoE)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -303,6 +314,8 @@ class HybridLMModel(HybridLMPreTrainedModel):
         if cache is not None:
             cache.plan(sequence)
         kwargs.pop("return_dict", None)
+        wanted = [name for name in _RECORDED if kwargs.get(name, getattr(self.config, name, False))]
+        sequence.journal = journal = Journal(complete=bool(wanted))
         output = self._run_layers(inputs_embeds, sequence, cache, return_dict=True, **kwargs)
         if self.residual_head is not None and output.hidden_states:
             output.hidden_states = tuple(
@@ -311,8 +324,11 @@ class HybridLMModel(HybridLMPreTrainedModel):
         if cache is not None:
             cache.commit(length, real, sequence, rows)
         output.segment_ids = sequence.segment_ids
+        if self.spans:
+            depths = self.moe_depths, self._depths("mixer", AttentionMixer)
+            leave_spans(output, journal, *depths, with_records=self.training or "output_router_logits" in wanted)
         if compaction is not None:
-            self._restore(output, compaction, attention_mask)
+            leave_compaction(output, compaction, attention_mask)
         output.token_mask = real
         return output
 
@@ -338,26 +354,31 @@ class HybridLMModel(HybridLMPreTrainedModel):
         sequence.inputs_embeds = hidden_states
         if self.residual_head is not None:
             hidden_states = self.residual_head.expand(hidden_states)  # [B, T, streams, D]
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, sequence=sequence, past_key_values=cache)
+        hidden_states = self._run_range(0, len(self.layers), None, cache, hidden_states, sequence)
         if self.residual_head is not None:
             hidden_states = self.residual_head.collapse(hidden_states)
         return HybridLMModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
 
-    @staticmethod
-    def _restore(output: HybridLMModelOutput, compaction: Compaction, attention_mask: Any) -> None:
-        """Bring what was recorded back into the caller's layout."""
-        output.last_hidden_state = compaction.restore(output.last_hidden_state)
-        if output.segment_ids is not None:
-            output.segment_ids = compaction.restore(output.segment_ids)
-        for name in ("hidden_states", "router_logits"):
-            if getattr(output, name, None):
-                output[name] = tuple(compaction.restore(x) for x in getattr(output, name))
-        if getattr(output, "attentions", None):
-            keys = compaction
-            if isinstance(attention_mask, Tensor) and attention_mask.shape[1] != compaction.real.shape[1]:
-                keys = Compaction.from_mask(attention_mask.bool())
-            output.attentions = tuple(
-                keys.restore(weights, dim=3) if weights.shape[3] == keys.num_tokens else weights
-                for weights in (compaction.restore(w, dim=2) for w in output.attentions)
-            )
+    def _run_range(
+        self,
+        start: int,
+        stop: int,
+        parent: int | None,
+        cache: HybridCache | None,
+        hidden_states: Tensor,
+        sequence: SequenceInfo,
+    ) -> Tensor:
+        """Layers `[start, stop)`, which lie inside the span `parent`, and the spans among them."""
+        spans = {span.start: span for span in self.spans if span.parent == parent}
+        depth = start
+        while depth < stop:
+            span = spans.get(depth)
+            if span is None:
+                sequence.journal.layers.append((depth, sequence.passage))
+                hidden_states = self.layers[depth](hidden_states, sequence=sequence, past_key_values=cache)
+                depth += 1
+            else:
+                inner = partial(self._run_range, span.start, span.stop, span.number, cache)
+                hidden_states = span(hidden_states, sequence, inner, cache)
+                depth = span.stop
+        return hidden_states

@@ -14,24 +14,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache_entries import AttentionEntry
-from .cache_layer import HybridCacheLayer
+from .cache_layer import HybridCacheLayer, SpanCache
 from .masks import SequenceInfo, compiling
+from .record import Stream, Undo
 from .stream import UNKNOWN, RowState
 
 DEFAULT_RECORD_WINDOW = 64
-
-
-@dataclasses.dataclass
-class RecordedCall:
-    """One call that `crop` can undo: its columns, the real ones among them, and the rows before it."""
-
-    num_columns: int
-    real: Tensor | None  # [B, columns]
-    sequence: SequenceInfo
-    offset: int  # compacted tokens of the call that lie before `sequence`
-    before: RowState
-    positions: Tensor  # of the whole call, as is `seq_idx`
-    seq_idx: Tensor | None
 
 
 class HybridCache(Cache):
@@ -39,6 +27,7 @@ class HybridCache(Cache):
 
     Args:
         layers: One `HybridCacheLayer` a layer.
+        spans: One `SpanCache` a span.
         signature: Names the architecture; a model refuses a cache with another one.
         batch_size: B, or `None` to learn it from the first call.
         max_length: Slots of a static cache; `None` lets it grow.
@@ -48,6 +37,7 @@ class HybridCache(Cache):
     def __init__(
         self,
         layers: list[HybridCacheLayer],
+        spans: list[SpanCache] | None = None,
         signature: str = "",
         batch_size: int | None = None,
         max_length: int | None = None,
@@ -59,13 +49,27 @@ class HybridCache(Cache):
         self.max_length = max_length
         self.record_window = record_window
         self._columns: int | Tensor = 0  # a tensor in a static cache: a compiled step must not see a number change
-        self.rows: RowState | None = None
         self.device = torch.device("cpu")
         self.recording = False
         self.drafting = False  # in assisted decoding, whose first call comes with the whole text
-        self.calls: list[RecordedCall] = []
-        self.num_marked = 0
+        self.num_calls = 0
         self._batch_size = batch_size
+        self.stream = Stream(is_static=max_length is not None)
+        self.spans = [] if spans is None else spans
+        self._share_entries()
+
+    def _share_entries(self) -> None:
+        """Tell every stream the entries that advance with it."""
+        inside = {number: span for span in self.spans for number in span.layers}  # the innermost comes last
+        for number, layer in enumerate(self.layers):
+            stream = inside[number].stream if number in inside else self.stream
+            stream.entries += layer.entries
+        for span in self.spans:
+            self._around(span).entries += span.entries
+
+    def _around(self, span: SpanCache) -> Stream:
+        """The stream from which a span takes its tokens."""
+        return self.stream if span.parent is None else self.spans[span.parent].stream
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -92,7 +96,8 @@ class HybridCache(Cache):
 
     @property
     def _keys_only(self) -> bool:
-        return all(isinstance(entry, AttentionEntry) for layer in self.layers for entry in layer.entries)
+        entries = [entry for layer in self.layers for entry in layer.entries]
+        return not self.spans and all(isinstance(entry, AttentionEntry) for entry in entries)
 
     @property
     def num_columns(self) -> int:
@@ -103,6 +108,16 @@ class HybridCache(Cache):
     def is_initialized(self) -> bool:
         """Whether anything was seen."""
         return self.num_columns > 0
+
+    @property
+    def rows(self) -> RowState | None:
+        """Where the rows of the whole stream stand; `None` before the first call."""
+        return self.stream.rows
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The stream of all tokens, then those of the spans."""
+        return [self.stream, *(span.stream for span in self.spans)]
 
     @property
     def batch_size(self) -> int:
@@ -119,7 +134,7 @@ class HybridCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the live state, the record of the past left out."""
-        return sum(t.nbytes for layer in self.layers for t in layer.named_tensors().values())
+        return sum(t.nbytes for part in (*self.layers, *self.spans) for t in part.named_tensors().values())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the stream so far, pads included."""
@@ -148,15 +163,7 @@ class HybridCache(Cache):
         expected = self.batch_size
         if expected not in (-1, batch):
             raise ValueError(f"past_key_values: holds {expected} rows, got a batch of {batch}")
-        return RowState.fresh(batch, device) if self.rows is None else self.rows
-
-    def _begin(self, batch: int, device: torch.device) -> None:
-        """Take the number of rows from the first call that was accepted."""
-        self.rows, self.device = RowState.fresh(batch, device), device
-        if self.is_static:
-            self._columns = torch.zeros((), dtype=torch.long, device=device)
-            for tensor in (self._columns, *self.rows.tensors()):
-                torch._dynamo.mark_static_address(tensor)
+        return self.stream.start_rows(batch, device)
 
     def plan(self, sequence: SequenceInfo) -> None:
         """Decide where the checkpoints of this call lie, before its layers run.
@@ -169,38 +176,18 @@ class HybridCache(Cache):
             longest = int((new + (sequence.index[:, 0] if sequence.num_past is None else sequence.num_past)).max())
             if longest > self.max_length:
                 raise ValueError(f"past_key_values: {longest} tokens do not fit into max_length={self.max_length}")
-        if self.rows is None:
-            self._begin(sequence.index.shape[0], sequence.index.device)
-        if not self.recording:
-            return
-        shortest = sequence.num_tokens if sequence.lengths is None else int(sequence.lengths.min())
-        split = shortest - self.record_window
-        if split > 0:
-            sequence.parts = [sequence.narrow(0, split), sequence.narrow(split, sequence.num_tokens)]
-        elif sum(call.num_columns for call in self.calls[self.num_marked :]) >= self.record_window:
-            sequence.promote = True
+        if self.rows is None:  # the first call that was accepted
+            self.device = sequence.index.device
+            if self.is_static:
+                self._columns = torch.zeros((), dtype=torch.long, device=self.device)
+                torch._dynamo.mark_static_address(self._columns)
+        self.stream.plan(sequence, self.record_window)
 
     def commit(self, num_columns: int, real: Tensor | None, sequence: SequenceInfo, rows: RowState) -> None:
         """Take note of a call after its layers ran."""
-        if self.recording:
-            if sequence.promote:
-                self.calls = self.calls[self.num_marked :]
-                self.num_marked = len(self.calls)
-            part, offset = sequence, 0
-            if sequence.parts:
-                part, offset = sequence.parts[-1], sequence.parts[0].num_tokens
-                self.calls, self.num_marked = [], 0
-            part.memo.clear()  # masks as wide as the past
-            facts = (sequence.positions, sequence.seq_idx)
-            self.calls.append(RecordedCall(num_columns, real, part, offset, self.rows, *facts))
+        self.stream.commit(self.num_calls, num_columns, real, sequence, rows)
+        self.num_calls += self.recording  # a number that changes in every call would compile every call anew
         self._columns += num_columns
-        if self.is_static:
-            for old, new in zip(self.rows.tensors(), rows.tensors(), strict=True):
-                old.copy_(new)
-            self.rows.uniform = None  # a number that changes every step would compile a new graph every step
-            self.rows.one_document = rows.one_document
-        else:
-            self.rows = rows
 
     def activate_past_recording(self, window: int | None = None) -> None:
         """Keep what `crop` needs from now on.
@@ -216,10 +203,9 @@ class HybridCache(Cache):
         self.record_window = max(self.record_window, window or 0)
         if self.recording:
             return
-        self.recording, self.calls, self.num_marked = True, [], 0
-        for layer in self.layers:
-            for entry in layer.entries:
-                entry.begin_record()
+        self.recording = True
+        for stream in self.streams:
+            stream.begin_record(self.num_calls)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last columns of every row.
@@ -257,89 +243,50 @@ class HybridCache(Cache):
         length, known = rows.uniform - count, rows.last_position != UNKNOWN
         position = torch.where(known, rows.last_position - count, UNKNOWN)  # in one document they go on by one
         segment = rows.last_segment if length else torch.full_like(rows.last_segment, UNKNOWN)
-        self.rows = RowState(rows.num_tokens - count, rows.doc_start, position, segment, length, True)
-        self._rollback(0, None, length, count)
+        rows = RowState(rows.num_tokens - count, rows.doc_start, position, segment, length, True)
+        self.stream.apply(Undo([], rows, None, None))
+        self._columns -= count
 
     def _crop_recorded(self, count: int) -> None:
-        keep, left = len(self.calls), count
-        while keep and left >= self.calls[keep - 1].num_columns:
-            left -= self.calls[keep - 1].num_columns
-            keep -= 1
-        shortened, rows = None, self.calls[keep].before if keep < len(self.calls) else self.rows
-        if left and not keep:
-            raise ValueError(
-                f"crop: cannot take back {count} tokens, the record reaches {count - left} back; "
-                f"raise record_window ({self.record_window})"
-            )
-        # the oldest call may have been cut: what lies before `offset` was not recorded
-        if keep == 0 and self.calls and self.calls[0].offset:
-            raise ValueError(f"crop: cannot take back {count} tokens; raise record_window ({self.record_window})")
-        calls = self.calls[:keep]
+        calls, left, partial, kept = self.stream.calls, count, None, None
+        first_dropped = self.num_calls
+        for call in reversed(calls):
+            if left < call.num_columns:
+                break
+            left, first_dropped = left - call.num_columns, call.serial
         if left:
-            call = calls[-1]
-            shortened, rows = self._shorten(call, left)
-            real = None if call.real is None else call.real[:, : call.num_columns - left]
-            calls[-1] = dataclasses.replace(call, num_columns=call.num_columns - left, real=real, sequence=shortened)
-        self.calls, self.rows = calls, rows
-        length = int(rows.num_tokens.max()) if rows.uniform is None else rows.uniform
-        self._rollback(keep, shortened, length, count)
-        if self.num_marked > keep - bool(left):
-            self.num_marked = 0
-            for layer in self.layers:
-                for entry in layer.entries:
-                    entry.drop_mark()
-
-    def _shorten(self, call: RecordedCall, count: int) -> tuple[SequenceInfo, RowState]:
-        """The recorded part of a call without its last `count` columns, and the rows after that."""
-        sequence, batch = call.sequence, call.before.num_tokens.shape[0]
-        device = call.before.num_tokens.device
-        if call.real is None:
-            removed = torch.full((batch,), count, device=device)
-        else:
-            removed = call.real[:, -count:].sum(1)
-        available = sequence.num_tokens if sequence.lengths is None else sequence.lengths
-        if bool((removed > available).any()):
-            raise ValueError(f"crop: cannot take back {count} tokens; raise record_window ({self.record_window})")
-        uniform = call.real is None and sequence.lengths is None
-        shorter = sequence.head(sequence.num_tokens - count) if uniform else sequence.shorten(removed)
-        lengths = torch.as_tensor(available, device=device).expand(batch) - removed
-
-        def at_end(values: Tensor | None, before: Tensor, count: Tensor) -> Tensor:
-            if values is None:
-                return before
-            last = (count - 1).clamp(min=0)[:, None]
-            return torch.where(count > 0, values.expand(batch, -1).gather(1, last)[:, 0], before)
-
-        base = sequence.num_past if sequence.num_past is not None else torch.zeros_like(lengths)
-        past_start = sequence.past_doc_start if sequence.past_doc_start is not None else call.before.doc_start
-        past, kept = sequence.uniform_past, lengths + call.offset
-        rows = RowState(
-            num_tokens=base + lengths,
-            doc_start=at_end(sequence.doc_start, past_start, lengths),
-            last_position=at_end(call.positions, call.before.last_position, kept),
-            last_segment=at_end(call.seq_idx, call.before.last_segment, kept),
-            uniform=past + shorter.num_tokens if uniform and past is not None else None,
-            one_document=sequence.doc_start is None,
-        )
-        return shorter, rows
-
-    def _rollback(self, num_calls: int, shortened: SequenceInfo | None, length: int, columns: int) -> None:
-        for layer in self.layers:
-            for entry in layer.entries:
-                entry.rollback(num_calls, shortened, length)
-        self._columns -= columns
+            partial = first_dropped - 1
+            columns = next((call.num_columns for call in calls if call.serial == partial), 0)
+            kept = torch.full((self.batch_size,), columns - left, device=self.rows.num_tokens.device)
+        try:
+            undone = [self.stream.undo(first_dropped, partial, kept)]
+            for span in self.spans:
+                around = undone[0 if span.parent is None else span.parent + 1].num_kept
+                undone.append(span.stream.undo(first_dropped, None if around is None else partial, around))
+        except ValueError as error:
+            raise ValueError(
+                f"crop: cannot take back {count} tokens, the record does not reach so far; raise record_window "
+                f"({self.record_window})"
+            ) from error
+        for stream, undo in zip(self.streams, undone, strict=True):
+            stream.apply(undo)
+        self._columns -= count
+        self.num_calls = first_dropped
 
     def _map_rows(self, function: Any) -> None:
         if self.rows is None:
             return
-        self.rows = _map_tensors(self.rows, function)
+        for span in self.spans:
+            span.map(function)
+        for stream in self.streams:
+            stream.map(function)
         # recorded calls are undone as whole batches: after a move of rows, only what follows can be taken back
         if self.recording:
             self.recording = False
             self.activate_past_recording()
 
     def _settle(self) -> None:
-        if any(getattr(entry, "stale", False) for layer in self.layers for entry in layer.entries):
+        if any(getattr(entry, "stale", False) for stream in self.streams for entry in stream.entries):
             raise ValueError("cache: feed a token after crop before rows are moved or the cache is saved")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -363,16 +310,12 @@ class HybridCache(Cache):
     def reset(self) -> None:
         """Forget everything; a static cache keeps its tensors."""
         super().reset()
-        self.calls, self.num_marked = [], 0
-        if self.is_static and self.rows is not None:
-            self._columns.zero_()
-            self.rows.num_tokens.zero_()
-            self.rows.doc_start.zero_()
-            self.rows.last_position.fill_(-1)
-            self.rows.last_segment.fill_(UNKNOWN)
-            self.rows.uniform, self.rows.one_document = 0, True
-        else:
-            self.rows, self._columns = None, 0
+        for span in self.spans:
+            span.reset()
+        for stream in self.streams:
+            stream.reset()
+        self.num_calls = 0
+        self._columns = self._columns.zero_() if isinstance(self._columns, Tensor) else 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HybridCache":
         def detach(tensor: Tensor) -> Tensor:  # PyTorch refuses to copy a tensor that knows where it came from
@@ -380,8 +323,8 @@ class HybridCache(Cache):
                 memo[id(tensor)] = tensor.detach().clone()
             return tensor
 
-        for layer in self.layers:
-            layer.map(detach)
+        for part in (*self.layers, *self.spans):
+            part.map(detach)
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
@@ -409,17 +352,16 @@ class HybridCache(Cache):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{number}.{name}": tensor.contiguous()
-            for number, layer in enumerate(self.layers)
-            for name, tensor in layer.named_tensors().items()
+            for number, part in self._numbered().items()
+            for name, tensor in part.named_tensors().items()
         }
         facts = {"signature": self.signature, "num_columns": self.num_columns, "max_length": self.max_length}
-        if self.rows is not None:
-            for item in dataclasses.fields(self.rows):
-                value = getattr(self.rows, item.name)
-                if isinstance(value, Tensor):
-                    tensors[f"rows.{item.name}"] = value
-                else:
-                    facts[item.name] = value
+        facts["rows"] = []
+        for number, stream in enumerate(self.streams):
+            known = dataclasses.asdict(stream.rows) if stream.rows is not None else None
+            for name in [name for name, value in (known or {}).items() if isinstance(value, Tensor)]:
+                tensors[f"rows{number}.{name}"] = known.pop(name)
+            facts["rows"].append(known)
         save_file(tensors, folder / "cache.safetensors")
         (folder / "cache.json").write_text(json.dumps(facts))
 
@@ -435,29 +377,25 @@ class HybridCache(Cache):
         for name, mine in (("signature", self.signature), ("max_length", self.max_length)):
             if facts.pop(name) != mine:
                 raise ValueError(f"{folder}: was saved from a cache with another {name}")
-        tensors = load_file(Path(folder) / "cache.safetensors")
+        numbered, tensors = self._numbered(), load_file(Path(folder) / "cache.safetensors")
         for name in tensors:  # copies: a memory-mapped file is not aligned as a product likes it
-            number = name.partition(".")[0]
-            device = self.layers[int(number) if number.isdigit() else 0].device
-            tensors[name] = tensors[name].to(device, copy=True)
-        self._columns = facts.pop("num_columns")
-        rows = {name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("rows.")}
-        self.rows = RowState(**rows, **facts) if rows else None
-        if self.is_static and rows:
+            part = numbered.get(name.partition(".")[0])
+            tensors[name] = tensors[name].to(self.device if part is None else part.device, copy=True)
+        self._columns = facts["num_columns"]
+        for number, (stream, known) in enumerate(zip(self.streams, facts["rows"], strict=True)):
+            prefix = f"rows{number}."
+            rows = {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+            stream.rows = None if known is None else RowState(**rows, **known)
+        if self.is_static and self.rows is not None:
             self._columns = torch.tensor(self._columns, device=self.rows.num_tokens.device)
-        parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+        parts: dict[tuple[str, str], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             number, half, leaf = name.split(".", 2)
-            parts.setdefault((int(number), half), {})[leaf] = tensor
+            parts.setdefault((number, half), {})[leaf] = tensor
         for (number, half), state in parts.items():
-            getattr(self.layers[number], half).load(state)
+            getattr(numbered[number], half).load(state)
 
-
-def _map_tensors(value: Any, function: Any) -> Any:
-    """A dataclass with `function` applied to its tensors."""
-    changes = {
-        f.name: function(getattr(value, f.name))
-        for f in dataclasses.fields(value)
-        if isinstance(getattr(value, f.name), Tensor)
-    }
-    return dataclasses.replace(value, **changes)
+    def _numbered(self) -> dict[str, Any]:
+        """The parts by the names they have in a file."""
+        layers = {str(number): layer for number, layer in enumerate(self.layers)}
+        return layers | {f"span{number}": span for number, span in enumerate(self.spans)}

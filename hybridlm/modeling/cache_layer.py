@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .record import Stream
+
 
 class HybridCacheLayer(CacheLayerMixin):
     """The entries of one layer.
@@ -113,3 +115,53 @@ class HybridCacheLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Move the tensors back to where the layer is."""
         self.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+
+class SpanCache:
+    """What a span keeps between calls.
+
+    Args:
+        layers: Depths of the layers it covers.
+        parent: Number of the span around it, if there is one.
+        choice: Entry of what decides which tokens enter, or `None`; it advances with all tokens around the span.
+        held: Entry of the inner output that later tokens read, or `None`.
+        max_length: Tokens for which a static cache has room inside the span.
+    """
+
+    def __init__(
+        self,
+        layers: range,
+        parent: int | None = None,
+        choice: Any = None,
+        held: Any = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.layers, self.parent, self.max_length = layers, parent, max_length
+        self.choice, self.held = choice, held
+        self.stream = Stream(is_static=max_length is not None)  # of the tokens that entered
+        self.device = torch.device("cpu")
+
+    @property
+    def entries(self) -> list[Any]:
+        """The entries that exist."""
+        return [entry for entry in (self.choice, self.held) if entry is not None]
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Live tensors, named `choice.sum` and so on."""
+        parts = {"choice": self.choice, "held": self.held}
+        return {
+            f"{part}.{name}": tensor
+            for part, entry in parts.items()
+            if entry is not None
+            for name, tensor in entry.tensors().items()
+        }
+
+    def map(self, function: Any) -> None:
+        """Replace every tensor by `function(tensor)`; those of the rows are left to `stream.map`."""
+        for entry in self.entries:
+            entry.map(function)
+
+    def reset(self) -> None:
+        """Forget everything but the rows."""
+        for entry in self.entries:
+            entry.reset()

@@ -8,6 +8,7 @@ Shapes: B batch, T query tokens, S key tokens.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class SequenceInfo:
         need_weights: whether attention weights are recorded in this call.
         promote: whether cache entries move their checkpoint forward before this call (see `cache.py`).
         parts: the call cut in two, when the cache needs a checkpoint inside it.
+        passage: how the tokens of this call entered the innermost span around the layer; `None` outside of spans.
+        journal: what the spans and layers of this call did (see `spans.py`).
     """
 
     num_tokens: int
@@ -63,7 +66,14 @@ class SequenceInfo:
     need_weights: bool = False
     promote: bool = False
     parts: "list[SequenceInfo] | None" = None
+    passage: Any = None
+    journal: Any = None
     memo: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.index.shape[0]
 
     def visible(self, key_index: Tensor, window: int | None = None, num_sinks: int = 0) -> Tensor:
         """Which keys each query may attend to.

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
-    MoeCausalLMOutputWithPast,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
 from transformers.utils import can_return_tuple
 
-from .backbone import HybridLMModel, HybridLMModelOutput, HybridLMPreTrainedModel
+from .backbone import HybridLMModel, HybridLMPreTrainedModel
 from .cache import HybridCache
 from .configuration_hybridlm import HybridLMConfig
 from .generation import HybridGeneration
 from .losses import count_expert_load, router_losses
+from .outputs import HybridLMCausalLMOutput, HybridLMModelOutput
+from .spans import span_losses
 
 
 class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationMixin):
@@ -63,19 +64,21 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> HybridLMCausalLMOutput:
         """Predict the next token.
 
         Args:
             input_ids: As in `HybridLMModel`, like the arguments that are not named here.
             labels: `[B, T]`, the token ids; -100 is left out. They are shifted here. A label is never predicted from
                 another document or from a pad.
-            output_router_logits: Whether to return the router logits `[B, T, E]` of each expert layer.
+            output_router_logits: Whether to return the router logits `[B, T, E]` of each expert layer, and what each
+                span chose.
             logits_to_keep: Last tokens to compute logits for (0 for all), or their columns.
             kwargs: Also `shift_labels` and `num_items_in_batch`, as Trainer gives them.
 
         Returns:
-            Logits `[B, T, V]`; with labels the loss, router losses included, and those alone as `aux_loss`.
+            Logits `[B, T, V]`; with labels the loss, losses of routers and spans included, and those alone as
+            `aux_loss`.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         learns = self.training and self.model.moe_layers
@@ -103,9 +106,10 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
         loss = aux_loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss, aux_loss = self._losses(logits, labels, outputs, **kwargs)
-        elif learns:
-            count_expert_load(self.model.moe_layers, outputs.router_logits, outputs.token_mask)
-        return MoeCausalLMOutputWithPast(
+        if self.training:
+            self._count_loads(outputs, input_ids)
+        records = outputs.span_records if wanted else None
+        return HybridLMCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -113,7 +117,24 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if wanted else None,
+            span_taken=None if records is None else tuple(record.taken for record in records),
+            span_scores=None if records is None else tuple(record.scores for record in records),
         )
+
+    def _layer_masks(self, outputs: HybridLMModelOutput) -> list[Tensor | None]:
+        """For each expert layer, the tokens that reached it where that is not all."""
+        masks = outputs.layer_masks or {}
+        return [masks.get(depth) for depth in self.model.moe_depths]
+
+    def _count_loads(self, outputs: HybridLMModelOutput, input_ids: Tensor | None) -> None:
+        """Count what routers and spans chose, for their biases and metrics."""
+        layers = self.model.moe_layers
+        if layers:
+            masks = self._layer_masks(outputs)
+            seen = {"layer_masks": masks, "token_ids": input_ids}
+            count_expert_load(layers, outputs.router_logits, outputs.token_mask, **seen)
+        for span, record in zip(self.model.spans, outputs.span_records or (), strict=False):
+            span.add_load(record)
 
     def _losses(
         self, logits: Tensor, labels: Tensor | None, outputs: HybridLMModelOutput, **kwargs: Any
@@ -131,23 +152,18 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,
             num_items_in_batch=items,
         )  # fmt: skip
-        layers = self.model.moe_layers
-        if not layers:
-            return loss, None
-        if self.training:
-            count_expert_load(layers, outputs.router_logits, outputs.token_mask)
-        self._check_router_gradients(outputs.router_logits)
-        aux = router_losses(
-            layers,
-            outputs.router_logits,
-            shift_labels if labels is None else labels,
-            outputs.token_mask,
-            segments,
-            items,
-            shifted=labels is None,
-        )
-        aux_loss = aux["load_balancing"] + aux["z"]
-        return loss + aux_loss.to(loss.device), aux_loss
+        where = (shift_labels if labels is None else labels, outputs.token_mask, segments, items)
+        aux_loss, layers = None, self.model.moe_layers
+        if layers:
+            self._check_router_gradients(outputs.router_logits)
+            masks = self._layer_masks(outputs)
+            aux = router_losses(layers, outputs.router_logits, *where, shifted=labels is None, layer_masks=masks)
+            aux_loss = aux["load_balancing"] + aux["z"]
+        if outputs.span_records:
+            extra = span_losses(self.model.spans, outputs.span_records, *where, shifted=labels is None)
+            if extra is not None:
+                aux_loss = extra if aux_loss is None else aux_loss + extra.to(aux_loss.device)
+        return loss if aux_loss is None else loss + aux_loss.to(loss.device), aux_loss
 
     def _check_router_gradients(self, router_logits: tuple[Tensor, ...]) -> None:
         """Refuse to train router losses on logits that were recorded without a gradient."""

@@ -21,10 +21,13 @@ from .mixer_mamba import MambaMixer
 from .mixer_mamba2 import Mamba2Mixer
 from .norms import NORMS
 from .residual_add import AddResidual
+from .span_mixture_of_depths import MixtureOfDepths
 
 MIXERS = {"attention": AttentionMixer, "mamba": MambaMixer, "mamba2": Mamba2Mixer}
 CHANNEL_MIXERS = {"mlp": MLP, "moe": MoE, "swiglu": SwiGLU}
 RESIDUALS = {"add": AddResidual}
+SPANS = {"mixture_of_depths": MixtureOfDepths}
+SPAN_KEYS = {"start": None, "stop": None, "every": None}
 PLACEMENTS = ("pre", "post", "sandwich")
 
 HALVES = {"mixer": MIXERS, "channel_mixer": CHANNEL_MIXERS}
@@ -105,7 +108,8 @@ def build_part(spec: dict, registry: dict[str, type], path: str, size: int) -> n
     Raises:
         ValueError: The constructor refused a value; the message starts with the path.
     """
-    options = {key: value for key, value in spec.items() if key not in ("name", "placement")}
+    others = ("name", *SPAN_KEYS) if registry is SPANS else ("name", "placement")
+    options = {key: value for key, value in spec.items() if key not in others}
     try:
         return registry[spec["name"]](size, **options)
     except ValueError as error:
@@ -150,10 +154,10 @@ def resolve_config(config: Any) -> None:
     """
     config.norm = resolve_norm(config.norm, "norm")
     config.residual = resolve_part(config.residual, RESIDUALS, "residual")
-    if config.spans:
-        raise ValueError("spans: no span is available yet, expected an empty list")
     specs = {}
     with torch.device("meta"):
+        config.spans = [_resolve_span(number, spec, config) for number, spec in enumerate(config.spans)]
+        span_places(config)
         build_part(config.residual, RESIDUALS, "residual", config.hidden_size)
         build_part(config.norm, NORMS, "norm", config.hidden_size)
         for recipe, spec in config.layer_specs.items():
@@ -182,3 +186,54 @@ def _resolve_recipe(recipe: str, spec: Any, hidden_size: int) -> dict:
         resolved["norm"] = resolve_norm(spec["norm"], f"{path}.norm")
         build_part(resolved["norm"], NORMS, f"{path}.norm", hidden_size)
     return resolved
+
+
+def _resolve_span(number: int, spec: Any, config: Any) -> dict:
+    """Check one entry of `spans` and write out its options."""
+    path, depth = f"spans.{number}", config.num_hidden_layers
+    resolved = resolve_part(spec, SPANS, path, extra=SPAN_KEYS)
+    start, stop, every = (resolved[key] for key in SPAN_KEYS)
+    for key in SPAN_KEYS:
+        if resolved[key] is not None and not _fits(resolved[key], int):
+            raise ValueError(f"{path}.{key}: expected a whole number, got {resolved[key]!r}")
+    if start is None:
+        raise ValueError(f"{path}.start: is needed, the first layer of the span")
+    stop = resolved["stop"] = start + 1 if stop is None else stop
+    if not 0 <= start < depth:
+        raise ValueError(f"{path}.start: {start} is not a layer, expected 0 to {depth - 1}")
+    if not start < stop <= depth:
+        raise ValueError(f"{path}.stop: {stop}, expected {start + 1} to num_hidden_layers={depth}")
+    if every is not None and every < stop - start:
+        raise ValueError(f"{path}.every: {every} repeats a span of {stop - start} layers into itself")
+    part = build_part(resolved, SPANS, path, config.hidden_size)
+    return _fill_derived(resolved, part) | {key: resolved[key] for key in SPAN_KEYS}
+
+
+def span_places(config: Any) -> list[tuple[int, int, int, int | None]]:
+    """Where the spans of a resolved config stand, repetitions written out, each after the span around it.
+
+    Returns:
+        Tuples (entry of `config.spans`, first layer, layer after the last, number of the tuple around it or `None`).
+
+    Raises:
+        ValueError: Two spans cross.
+    """
+    places = []
+    for number, spec in enumerate(config.spans):
+        start, stop = spec["start"], spec["stop"]
+        step = spec["every"] or config.num_hidden_layers
+        for shift in range(0, config.num_hidden_layers - stop + 1, step):
+            places.append((start + shift, -(stop + shift), number))
+    nested: list[tuple[int, int, int, int | None]] = []
+    for start, minus_stop, number in sorted(places):
+        stop, parent = -minus_stop, None
+        for other, (entry, low, high, _) in enumerate(nested):
+            if low <= start and stop <= high:
+                parent = other
+            elif start < high and low < stop:
+                raise ValueError(
+                    f"spans.{number}: layers {start} to {stop - 1} cross spans.{entry}, layers {low} to {high - 1}; "
+                    "spans may be disjoint or one inside the other"
+                )
+        nested.append((number, start, stop, parent))
+    return nested

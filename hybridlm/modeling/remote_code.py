@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .registry import CHANNEL_MIXERS, MIXERS, NORMS, POSITIONS, RESIDUALS
+from .registry import CHANNEL_MIXERS, MIXERS, NORMS, POSITIONS, RESIDUALS, SPANS
 
 logger = logging.get_logger(__name__)
 
@@ -119,6 +119,7 @@ def foreign_parts(config: Any) -> dict[str, dict[str, type]]:
 def _parts_of(config: Any) -> Iterator[tuple[str, str, type]]:
     """Registry, name and class of every part in use."""
     specs = [("NORMS", NORMS, config.norm), ("RESIDUALS", RESIDUALS, config.residual)]
+    specs += [("SPANS", SPANS, span) for span in config.spans]
     for recipe in config.layer_specs.values():
         mixer = recipe["mixer"]
         specs += [("MIXERS", MIXERS, mixer), ("CHANNEL_MIXERS", CHANNEL_MIXERS, recipe["channel_mixer"])]

@@ -223,16 +223,30 @@ def build_sequence(
             token_mask = lengths = None
 
     starts = _starts(positions, segments, seq_idx is not None, borders_from_positions, rows, token_mask)
-    index = rows.num_tokens[:, None] + torch.arange(num_tokens, device=device)
+    numbers = segments if seq_idx is not None else None
+    sequence, after = _describe(rows, num_tokens, positions, numbers, starts, token_mask, lengths)
+    return sequence, compaction, after
+
+
+def _describe(
+    rows: RowState,
+    num_tokens: int,
+    positions: Tensor | None,
+    numbers: Tensor | None,
+    starts: Tensor | None,
+    token_mask: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[SequenceInfo, RowState]:
+    """Describe compacted tokens, and where each row stands after them."""
+    index = rows.num_tokens[:, None] + torch.arange(num_tokens, device=rows.num_tokens.device)
     one_document = rows.one_document and starts is None
     doc_start = None
     if not one_document:
-        doc_start = rows.doc_start[:, None].expand(batch, num_tokens)
+        doc_start = rows.doc_start[:, None].expand(index.shape)
         if starts is not None:
             doc_start = torch.maximum(torch.where(starts, index, -1).cummax(1).values, doc_start)
     if positions is None:
         positions = index if doc_start is None else index - doc_start
-    numbers = segments if seq_idx is not None else None
     after = _advance(rows, lengths, num_tokens, doc_start, positions, numbers, one_document)
     sequence = SequenceInfo(
         num_tokens=num_tokens,
@@ -248,7 +262,53 @@ def build_sequence(
         uniform_past=rows.uniform,
         past_doc_start=None if rows.one_document else rows.doc_start,
     )
-    return sequence, compaction, after
+    return sequence, after
+
+
+def select_tokens(
+    sequence: SequenceInfo, taken: Tensor, rows: RowState, positions: Tensor | None = None
+) -> tuple[SequenceInfo, Compaction | None, RowState]:
+    """Describe the tokens of a call that enter a span.
+
+    Documents are told apart by the index of their first token in the stream around the span, so that a border is seen
+    even when the tokens at it do not enter.
+
+    Args:
+        sequence: The call.
+        taken: `[B, T]`, True at tokens that enter; False at pads.
+        rows: Where each row of the span stands.
+        positions: `[B, T]`, position ids of tokens that enter; their own when `None`.
+
+    Returns:
+        As `build_sequence`; the compaction is `None` when all tokens keep their place.
+    """
+    batch, num_tokens = taken.shape
+    compaction, token_mask, lengths = None, taken, taken.sum(1)
+    everyone = not compiling() and bool(taken.all())
+    if num_tokens > 1 and not everyone:
+        compaction = Compaction.from_mask(taken)
+        num_tokens = compaction.num_tokens
+        token_mask = torch.arange(num_tokens, device=taken.device) < lengths[:, None]
+        everyone = not compiling() and bool(token_mask.all())
+    if everyone:
+        token_mask = lengths = None
+
+    def pick(values: Tensor | None) -> Tensor | None:
+        return values if compaction is None or values is None else compaction.apply(values)
+
+    positions = pick((sequence.positions if positions is None else positions).expand(batch, -1))
+    one_document = rows.one_document and sequence.doc_start is None
+    numbers = torch.zeros_like(positions) if sequence.doc_start is None else pick(sequence.doc_start)
+    starts = None
+    if not one_document:
+        starts = _changes(numbers, rows.last_segment, rows.uniform != 0)
+        starts = starts if token_mask is None else starts & token_mask
+        starts = starts if compiling() or bool(starts.any()) else None
+    inner, after = _describe(rows, num_tokens, positions, numbers, starts, token_mask, lengths)
+    inner.token_ids, inner.inputs_embeds = pick(sequence.token_ids), pick(sequence.inputs_embeds)
+    for name in ("attn_implementation", "use_cache", "need_weights", "journal"):
+        setattr(inner, name, getattr(sequence, name))
+    return inner, compaction, after
 
 
 def _advance(

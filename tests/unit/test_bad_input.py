@@ -88,6 +88,13 @@ WRONG_CHANNELS = [
     (MOE | {"scores": "tanh"}, "layer_specs.a.channel_mixer.scores: unknown 'tanh'"),
     (MOE | {"shared_gate": True}, "layer_specs.a.channel_mixer.shared_gate=True needs num_shared_experts"),
 ]
+MOD = {"name": "mixture_of_depths"}
+
+
+def spans(*entries):
+    return {"num_hidden_layers": 4, "spans": list(entries)}
+
+
 WRONG_FIELDS = [
     ({"num_hidden_layers": 2, "layer_layout": ["a"]}, "layer_layout: names 1 layers, expected num_hidden_layers=2"),
     ({"layer_layout": ["b"]}, "layer_layout.0: unknown recipe 'b', expected one of ['a']"),
@@ -97,7 +104,21 @@ WRONG_FIELDS = [
     ({"norm": {"name": "rms", "eps": 0.0}}, "norm.eps=0.0 must be above 0"),
     ({"residual": {"name": "highway"}}, "residual.name: unknown 'highway'"),
     ({"residual": {"name": "add", "dropout": 2.0}}, "residual.dropout=2.0 must lie in [0, 1)"),
-    ({"spans": [{"name": "mixture_of_depths"}]}, "spans: no span is available yet"),
+    (spans({"name": "mixture_of_depths"}), "spans.0.start: is needed"),
+    (spans({"name": "mixture_of_depth", "start": 0}), "spans.0.name: unknown 'mixture_of_depth'"),
+    (spans(MOD | {"start": 9}), "spans.0.start: 9 is not a layer"),
+    (spans(MOD | {"start": 1, "stop": 9}), "spans.0.stop: 9, expected 2 to num_hidden_layers"),
+    (spans(MOD | {"start": 1, "stop": 1}), "spans.0.stop: 1, expected 2"),
+    (spans(MOD | {"start": 0, "stop": 2, "every": 1}), "spans.0.every: 1 repeats a span of 2 layers into itself"),
+    (spans(MOD | {"start": True}), "spans.0.start: expected a whole number, got True"),
+    (spans(MOD | {"start": 0, "capacity": 0.0}), "spans.0.capacity=0.0 must lie in (0, 1]"),
+    (spans(MOD | {"start": 0, "capacity": 1.5}), "spans.0.capacity=1.5 must lie in (0, 1]"),
+    (spans(MOD | {"start": 0, "ceiling": 0.1}), "spans.0.ceiling=0.1 must not be below capacity=0.125"),
+    (spans(MOD | {"start": 0, "rule": "top_k"}), "spans.0.rule: unknown 'top_k'"),
+    (
+        spans(MOD | {"start": 0, "stop": 2}, MOD | {"start": 1, "stop": 3}),
+        "spans.1: layers 1 to 2 cross spans.0, layers 0 to 1",
+    ),
     ({"hidden_size": 0}, "hidden_size: 0, expected at least 1"),
     ({"vocab_size": 0}, "vocab_size: 0, expected at least 1"),
     ({"num_hidden_layers": 0}, "num_hidden_layers: 0, expected at least 1"),
@@ -216,7 +237,7 @@ CASES += [pytest.param(case, 1, id=name) for name, case in WRONG_CALLS_OF_ONE_RO
 def facts(cache):
     """Everything that a cache knows, in a form that can be compared."""
     tensors = {f"{i}.{k}": v.clone() for i, layer in enumerate(cache.layers) for k, v in layer.named_tensors().items()}
-    numbers = [cache.get_seq_length(), cache.batch_size, len(cache.calls), cache.recording]
+    numbers = [cache.get_seq_length(), cache.batch_size, len(cache.stream.calls), cache.recording]
     return tensors, numbers, None if cache.seen_tokens is None else cache.seen_tokens.tolist()
 
 

@@ -147,7 +147,7 @@ def test_the_record_is_at_most_two_windows_long(variant):
     cache = subject.recording_cache(window)
     for t in range(30):
         subject.forward(ids(subject, t, t + 1), cache)
-        recorded = sum(call.num_columns for call in cache.calls)
+        recorded = sum(call.num_columns for call in cache.stream.calls)
         assert recorded <= 2 * window + 1
         for layer in cache.layers:
             inputs = getattr(layer.mixer, "inputs", [])

@@ -1,0 +1,419 @@
+"""Spans: runs of layers that only some tokens pass through.
+
+A span chooses tokens, runs its layers on the shorter sequence and puts the results back: what enters is x, what leaves
+is x + w (inner(x) - x). Tokens that do not enter advance no state of the inner layers and leave no keys there. The
+choice for a token depends on tokens up to it only, except where a class says otherwise.
+
+Shapes: B batch, T tokens around the span, T' tokens that enter, D hidden size, n residual streams. The stream is
+`[B, T, D]`, or `[B, T, n, D]` where there are several.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache_entries import RecurrentEntry
+from .cache_layer import SpanCache
+from .losses import document_mean_loss, label_tokens_per_document
+from .masks import Compaction, SequenceInfo, compiling
+from .precision import Float32Islands, state_dtype
+from .stream import RowState, select_tokens
+
+CHUNK = 64
+
+
+@dataclass
+class Selection:
+    """What a span decides for the tokens of a call.
+
+    Attributes:
+        wished: `[B, T]`, True at tokens that would enter if there were no ceiling; False at pads.
+        scores: `[B, T]`, what the decision was made from; the loss is computed from it.
+        weight: `[B, T]`, factor w; `None` for 1.
+        inputs: like the stream, what enters at each token; `None` for the stream itself.
+        positions: `[B, T]`, position ids of what enters; `None` for those of the tokens.
+        retain: `[B, T]`, share of what was held before that an entering token keeps; `None` for 0.
+        taken: `[B, T]`, True at tokens that enter.
+    """
+
+    wished: Tensor
+    scores: Tensor
+    weight: Tensor | None = None
+    inputs: Tensor | None = None
+    positions: Tensor | None = None
+    retain: Tensor | None = None
+    taken: Tensor | None = None
+
+
+@dataclass
+class Passage:
+    """How tokens entered a span in one call.
+
+    Attributes:
+        number: Number of the span in the model.
+        selection: What was decided.
+        compaction: The move of entering tokens to the front; `None` when they keep their places.
+        mask: `[B, T]`, True at tokens that could enter; `None` for all.
+        outer: The passage into the span around this one.
+        before: The stream around the span; kept only where hidden states are recorded.
+    """
+
+    number: int
+    selection: Selection
+    compaction: Compaction | None
+    mask: Tensor | None = None
+    outer: "Passage | None" = None
+    before: Tensor | None = None
+
+    def lift(self, values: Tensor, before: bool = False) -> Tensor:
+        """Bring `[B, T', ...]` back to the tokens around the span: 0, or the stream, where none entered."""
+        taken = self.selection.taken
+        lifted = values if self.compaction is None else self.compaction.restore(values)
+        fill = self.before if before else torch.zeros_like(lifted)
+        return torch.where(taken.reshape(*taken.shape, *[1] * (lifted.dim() - 2)), lifted, fill)
+
+
+@dataclass
+class Journal:
+    """What the spans and layers of one call did, in the order it happened.
+
+    Attributes:
+        complete: Whether something is recorded: then every layer runs, and passages keep the stream around them.
+        passages: One a span, also where its layers did not run.
+        layers: Depth of each layer that ran, and how its tokens came there.
+    """
+
+    complete: bool = False
+    passages: list[Passage] = field(default_factory=list)
+    layers: list[tuple[int, Passage | None]] = field(default_factory=list)
+
+
+@dataclass
+class SpanRecord:
+    """What one span did in a call, in the caller's layout.
+
+    Attributes:
+        number: Number of the span in the model.
+        scores: `[B, T]`, as in `Selection`.
+        taken: `[B, T]`, True at tokens that entered.
+        wished: `[B, T]`, True at tokens that would have entered without the ceiling.
+        reached: `[B, T]`, True at tokens that the span could choose from.
+    """
+
+    number: int
+    scores: Tensor
+    taken: Tensor
+    wished: Tensor
+    reached: Tensor
+
+
+def lift_all(passage: Passage | None, values: Tensor, before: bool = False) -> Tensor:
+    """Bring values of a layer inside nested spans back to the tokens of the model."""
+    while passage is not None:
+        values, passage = passage.lift(values, before), passage.outer
+    return values
+
+
+def under_ceiling(wished: Tensor, ceiling: float, sequence: SequenceInfo, rows: RowState) -> Tensor:
+    """Let a token enter only while fewer than `ceil(ceiling * (t + 1))` tokens of its document have.
+
+    With N the tokens that entered before the call and W the running wishes, the tokens that have entered after each
+    are W + min(N, the least of (bound - W) so far).
+
+    Args:
+        wished: `[B, T]`, False at pads.
+        ceiling: Share of a document's tokens.
+        sequence: The call.
+        rows: Where the rows of the span stand, which tells how many tokens of each open document have entered.
+
+    Returns:
+        `[B, T]`.
+    """
+    first = torch.zeros_like(sequence.index) if sequence.doc_start is None else sequence.doc_start
+    bound = ceil_share(ceiling, sequence.index - first + 1)
+    open_document = (rows.last_segment[:, None] == first).expand(wished.shape)
+    entered = torch.where(open_document, (rows.num_tokens - rows.doc_start)[:, None], 0)  # before the call
+    wishes = wished.long().cumsum(1)
+    if sequence.starts is not None:  # count anew in every document
+        before = torch.where(sequence.starts, wishes - wished.long(), 0).cummax(1).values
+        wishes = wishes - before
+        number = sequence.starts.long().cumsum(1)
+    else:
+        number = torch.zeros_like(wishes)
+    far = 2**40  # pushes the least value of one document below everything before it
+    least = ((bound - wishes) - number * far).cummin(1).values + number * far
+    total = wishes + torch.minimum(entered, least)
+    previous = torch.where(
+        number == torch.nn.functional.pad(number[:, :-1], (1, 0)),
+        torch.nn.functional.pad(total[:, :-1], (1, 0)),
+        entered,
+    )
+    previous[:, 0] = entered[:, 0]
+    return wished & (total > previous)
+
+
+def ceil_share(share: float, count: Tensor) -> Tensor:
+    """`ceil(share * count)`, exact where the product is a whole number."""
+    return (share * count.double() - 1e-9).ceil().long()
+
+
+class Span(Float32Islands):
+    """What all spans share; a subclass decides in `select`.
+
+    Args:
+        hidden_size: Width D.
+        ceiling: Largest share of the tokens seen so far in a document that may have entered; `None` for no limit.
+    """
+
+    choice_type: type | None = None  # dataclass of the state behind `select`
+    holds = False  # whether tokens that do not enter read what the last one that did brought back
+
+    def __init__(self, hidden_size: int, ceiling: float | None) -> None:
+        super().__init__()
+        if ceiling is not None and not 0 < ceiling <= 1:
+            raise ValueError(f"ceiling={ceiling} must lie in (0, 1]")
+        self.hidden_size, self.ceiling = hidden_size, ceiling
+        self.number, self.start, self.stop, self.parent = 0, 0, 0, None
+
+    def place(self, number: int, start: int, stop: int, parent: int | None) -> None:
+        """Tell the span where it stands: its number, its layers `[start, stop)` and the span around it."""
+        self.number, self.start, self.stop, self.parent = number, start, stop, parent
+
+    def select(self, stream: Tensor, state: Any, sequence: SequenceInfo) -> tuple[Selection, Any]:
+        """Decide which tokens would enter; the ceiling comes after.
+
+        Args:
+            stream: `[B, T, D]` or `[B, T, n, D]`; `summary` makes one vector a token of it.
+            state: What the last call returned, or `None` at the start.
+            sequence: The call.
+
+        Returns:
+            The decision and the state after the call.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def summary(stream: Tensor) -> Tensor:
+        """`[B, T, D]`, the mean of the residual streams."""
+        return stream if stream.dim() == 3 else stream.mean(2)
+
+    def max_tokens(self, num_tokens: int) -> int:
+        """Most tokens that enter among the first `num_tokens` of a document, outside of top-k training."""
+        return num_tokens if self.ceiling is None else math.ceil(self.ceiling * num_tokens - 1e-9)
+
+    def expected_share(self) -> float:
+        """Share of tokens that is meant to enter."""
+        raise NotImplementedError
+
+    def token_losses(self, record: SpanRecord, segment_ids: Tensor | None) -> Tensor | None:
+        """`[B, T]`, what the choice adds to the loss at each token, or `None`; see `span_losses`."""
+        return None
+
+    def add_load(self, record: SpanRecord) -> None:
+        """Count what a forward in training chose, where something is balanced by it."""
+
+    def new_entry(self, static_length: int | None = None) -> SpanCache:
+        """Make what this span keeps in a cache; `static_length` tokens may come to it, or any number."""
+        static = static_length is not None
+        choice = None if self.choice_type is None else RecurrentEntry(self.choice_type, static)
+        held = RecurrentEntry(Held, static) if self.holds else None
+        room = self.max_tokens(static_length) if static else None
+        return SpanCache(range(self.start, self.stop), self.parent, choice, held, room)
+
+    def forward(
+        self, stream: Tensor, sequence: SequenceInfo, inner: Callable[[Tensor, SequenceInfo], Tensor], cache: Any = None
+    ) -> Tensor:
+        """Send the tokens of `stream` that this span chooses through `inner`."""
+        sequence = sequence.to(stream.device)
+        entry = None if cache is None else cache.spans[self.number]
+        batch, device = stream.shape[0], stream.device
+        rows = RowState.fresh(batch, device) if entry is None else entry.stream.start_rows(batch, device)
+        selection = self._choose(stream, sequence, entry)
+        selection.taken = selection.wished
+        if self.ceiling is not None and not self.sees_the_future(sequence):
+            selection.taken = under_ceiling(selection.wished, self.ceiling, sequence, rows)
+        inside, compaction, after = select_tokens(sequence, selection.taken, rows, selection.positions)
+        journal = sequence.journal
+        before = stream if journal.complete else None
+        inside.passage = Passage(self.number, selection, compaction, sequence.token_mask, sequence.passage, before)
+        journal.passages.append(inside.passage)
+        entering = stream if selection.inputs is None else selection.inputs
+        # in training the layers always run, so that every parameter gets a gradient and every process its collectives
+        delta = None
+        if compiling() or self.training or journal.complete or bool(selection.taken.any()):
+            entering = entering if compaction is None else compaction.apply(entering)
+            if entry is not None:
+                self._check_room(cache, inside)
+                entry.stream.plan(inside, cache.record_window)
+            delta = inner(entering, inside).to(device) - entering
+            if entry is not None:
+                entry.stream.commit(cache.num_calls, sequence.num_tokens, selection.taken, inside, after)
+        elif not self.holds:
+            return stream
+        update = self._spread(stream, delta, selection, compaction, sequence, entry)
+        if selection.weight is not None:
+            update = update * _unsqueeze(selection.weight, update).to(update.dtype)
+        return stream + update
+
+    def sees_the_future(self, sequence: SequenceInfo) -> bool:
+        """Whether later tokens have a say in this call."""
+        return False
+
+    def _choose(self, stream: Tensor, sequence: SequenceInfo, entry: SpanCache | None) -> Selection:
+        """Call `select`, through the cache where it has a state."""
+        if entry is None or entry.choice is None:
+            return self.select(stream, None, sequence)[0]
+        parts: list[Selection] = []
+
+        def choose(stream: Tensor, state: Any, sequence: SequenceInfo) -> tuple[Tensor, Any]:
+            selection, state = self.select(stream, state, sequence)
+            parts.append(selection)
+            return selection.scores, state
+
+        entry.choice.run(choose, stream, sequence)
+        parts = parts[-len(sequence.parts or [sequence]) :]  # what comes before was replayed
+        if len(parts) == 1:
+            return parts[0]
+        values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Selection)}
+        return Selection(**{name: None if v[0] is None else torch.cat(v, dim=1) for name, v in values.items()})
+
+    def _spread(
+        self,
+        stream: Tensor,
+        delta: Tensor | None,
+        selection: Selection,
+        compaction: Compaction | None,
+        sequence: SequenceInfo,
+        entry: SpanCache | None,
+    ) -> Tensor:
+        """What each token around the span gets of what the inner layers added, like the stream."""
+        taken = _unsqueeze(selection.taken, stream)
+        if delta is None:
+            update = torch.zeros_like(stream)
+        else:
+            update = delta if compaction is None else compaction.restore(delta)
+            update = torch.where(taken, update, torch.zeros((), dtype=update.dtype, device=update.device))
+        if not self.holds:
+            return update
+        wide = state_dtype(stream.dtype)
+        keep = torch.where(selection.taken, 0.0, 1.0).to(wide)
+        if selection.retain is not None:
+            retain = selection.retain.to(wide)
+            keep = torch.where(selection.taken, retain, keep)
+            update = update * _unsqueeze(1 - retain, update).to(update.dtype)
+        if sequence.starts is not None:
+            keep = keep.masked_fill(sequence.starts, 0.0)
+        packed = torch.cat([keep[..., None], update.flatten(2).to(wide)], dim=-1)
+        hold = hold_last if selection.retain is None else hold_mean
+        held = hold(packed, None, sequence)[0] if entry is None else entry.held.run(hold, packed, sequence)
+        return held.to(stream.dtype).view_as(stream)
+
+    def _check_room(self, cache: Any, inside: SequenceInfo) -> None:
+        """Refuse what a static cache has no slots for: many documents in one row."""
+        if not cache.is_static or compiling() or inside.num_past is None:
+            return
+        most = cache.spans[self.number].max_length
+        if most is None or int(inside.num_past.max()) + inside.num_tokens <= most:
+            return
+        lengths = inside.num_tokens if inside.lengths is None else inside.lengths
+        longest = int((inside.num_past + lengths).max())
+        if longest > most:
+            raise ValueError(
+                f"past_key_values: {longest} tokens enter span {self.number}, a static cache of max_length="
+                f"{cache.max_length} holds {most}: its bound is that of one document a row; use the default cache"
+            )
+
+
+def _unsqueeze(values: Tensor, like: Tensor) -> Tensor:
+    """`[B, T]` with the trailing dimensions of `like`."""
+    return values.reshape(*values.shape, *[1] * (like.dim() - 2))
+
+
+@dataclass
+class Held:
+    """What the last token that entered brought back: `values` `[B, n * D]`."""
+
+    values: Tensor
+
+
+def hold_last(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tuple[Tensor, Held]:
+    """Repeat the last update until the next one.
+
+    Args:
+        packed: `[B, T, 1 + N]`: 1 where the last update stays and 0 where it is replaced, and the updates.
+        state: Held before the call, or `None` for 0.
+        sequence: The call.
+
+    Returns:
+        What each token gets `[B, T, N]`, and what is held after the call.
+    """
+    keep, updates = packed[..., 0], packed[..., 1:]
+    columns = torch.arange(packed.shape[1], device=packed.device)
+    last = torch.where(keep == 0, columns, -1).cummax(1).values  # [B, T]
+    held = updates.gather(1, last.clamp(min=0)[..., None].expand_as(updates))
+    before = torch.zeros_like(updates[:, 0]) if state is None else state.values
+    held = torch.where(last[..., None] < 0, before[:, None], held)
+    return held, Held(held[:, -1])
+
+
+def hold_mean(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tuple[Tensor, Held]:
+    """As `hold_last`, where an update may replace a share only: held = keep * held + update."""
+    keep, updates = packed[..., 0], packed[..., 1:]
+    held = torch.zeros_like(updates[:, 0]) if state is None else state.values
+    outputs = []
+    for start in range(0, packed.shape[1], CHUNK):
+        kept, new = keep[:, start : start + CHUNK], updates[:, start : start + CHUNK]
+        size = kept.shape[1]
+        below = torch.ones(size, size, dtype=torch.bool, device=packed.device).tril(-1)
+        # products of `keep` between two tokens, without logarithms: 0 is a common value
+        decay = torch.where(below, kept[:, :, None], 1.0).cumprod(1).tril()  # [B, later, earlier]
+        piece = decay @ new + kept.cumprod(1)[..., None] * held[:, None]
+        held = piece[:, -1]
+        outputs.append(piece)
+    return torch.cat(outputs, dim=1), Held(held)
+
+
+def span_losses(
+    spans: Iterable[Span],
+    records: Iterable[SpanRecord],
+    labels: Tensor,
+    token_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    shifted: bool = False,
+) -> Tensor | None:
+    """Add up what the choices of all spans add to the loss.
+
+    Args:
+        spans: The spans of the model.
+        records: What they did, one record a span.
+        labels: `[B, T]`, as in `losses.label_tokens_per_document`.
+        token_mask: `[B, T]`, True at real tokens; `None` for all.
+        segment_ids: `[B, T]`; `None` for one document a row.
+        num_items_in_batch: Label tokens of all micro-batches together.
+        shifted: Whether `labels` are `shift_labels`.
+
+    Returns:
+        A scalar, or `None` when no span has a loss.
+    """
+    total, label_tokens = None, None
+    for span, record in zip(spans, records, strict=True):
+        values = span.token_losses(record, segment_ids)
+        if values is None:
+            continue
+        if label_tokens is None:
+            label_tokens = label_tokens_per_document(labels, segment_ids, token_mask, shifted=shifted)
+        loss = document_mean_loss(
+            values,
+            token_mask=record.reached,
+            segment_ids=segment_ids,
+            label_tokens=label_tokens,
+            num_items_in_batch=num_items_in_batch,
+        )
+        total = loss if total is None else total + loss.to(total.device)
+    return total

@@ -101,7 +101,11 @@ def _print_plan(name: str, plan: "Plan") -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if plan.rollback_window:
         typer.echo(f"recording {plan.rollback_window} tokens for rollback: at most {plan.rollback_bytes:,} bytes more")
-    typer.echo(f"prefill of {plan.context} tokens: {plan.total.prefill_flops:,} FLOPs")
+    total = plan.total
+    typer.echo(f"prefill of {plan.context} tokens: {total.prefill_flops:,} FLOPs")
+    if total.expected_prefill_flops != total.prefill_flops:
+        expected = f"{total.expected_prefill_flops:,}, and {total.expected_step_flops:,} a token"
+        typer.echo(f"these are bounds, for the FLOPs depend on the data; expected are {expected}")
 
 
 def _figures(row: Any) -> tuple[str, ...]:

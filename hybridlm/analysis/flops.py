@@ -48,15 +48,29 @@ class OperationCounter(TorchDispatchMode):
         return output
 
 
-def product_flops(part: nn.Module) -> int:
-    """FLOPs a token of the linear layers, convolutions, routers and chosen experts of a part."""
+def experts_of_token(router: nn.Module, expected: bool = False) -> float:
+    """Experts with weights that a token goes through: at most, or on average when all choices are as frequent.
+
+    The two differ where a choice may be a zero or copy expert. With expert choice both are the mean, for a token may
+    have any number.
+    """
+    if router.routing == "expert_choice":
+        return min(router.top_k * router.capacity_factor, router.num_experts)
+    if expected:
+        return router.top_k * router.num_experts / router.num_choices
+    return min(router.top_k, router.num_experts)
+
+
+def product_flops(part: nn.Module, expected: bool = False) -> int:
+    """FLOPs a token of the linear layers, convolutions, routers and experts of a part: at most, or `expected`."""
     total = 0
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Conv1d):
             total += 2 * module.weight.numel()
         elif hasattr(module, "router"):
             chosen = sum(weight[0].numel() for weight in module.experts.parameters())
-            total += 2 * module.router.weight.numel() + 2 * module.router.top_k * chosen
+            total += 2 * module.router.weight.numel()
+            total += round(2 * experts_of_token(module.router, expected) * chosen)
     return total
 
 

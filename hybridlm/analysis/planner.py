@@ -14,7 +14,7 @@ from torch import nn
 
 from ..modeling.configuration_hybridlm import HybridLMConfig
 from ..modeling.modeling_hybridlm import HybridLMForCausalLM
-from .flops import mixing_flops, product_flops
+from .flops import experts_of_token, mixing_flops, product_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -25,10 +25,13 @@ class Figures:
 
     Attributes:
         num_parameters: All parameters; a tied matrix counts once.
-        num_active_parameters: Those that one token passes through: of E experts the k chosen.
+        num_active_parameters: Those that one token passes through: of E experts the k chosen. Where a token may choose
+            none, the most.
         state_bytes: What one row keeps between calls after `context` tokens.
-        step_flops: FLOPs of the token after those.
-        prefill_flops: FLOPs of a forward over `context` tokens, logits of every token included.
+        step_flops: FLOPs of the token after those; where they depend on the data, at most.
+        prefill_flops: FLOPs of a forward over `context` tokens, logits of every token included; likewise at most.
+        expected_step_flops: FLOPs of that token when data-dependent choices are as frequent as they are meant to be.
+        expected_prefill_flops: The same of the forward.
     """
 
     num_parameters: int = 0
@@ -36,6 +39,8 @@ class Figures:
     state_bytes: int = 0
     step_flops: int = 0
     prefill_flops: int = 0
+    expected_step_flops: int = 0
+    expected_prefill_flops: int = 0
 
     def __add__(self, other: "Figures") -> "Figures":
         return Figures(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
@@ -125,13 +130,17 @@ def _plan_layer(
     names = [(spec.get(half) or {}).get("name") for half in ("mixer", "channel_mixer")]
     parts = [(name, part) for name, part in zip(names, (layer.mixer, layer.channel_mixer), strict=True) if part]
     num_parameters = sum(parameter.numel() for parameter in layer.parameters())
-    products = sum(product_flops(part) for _, part in parts)
+    products, expected = (sum(product_flops(part, mean) for _, part in parts) for mean in (False, True))
+    step = sum(mixing_flops(name, part, context) for name, part in parts)
+    prefill = sum(_prefill_mixing(name, part, context) for name, part in parts)
     return LayerPlan(
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - _idle_parameters(layer),
         state_bytes=sum(state_bytes(part, context, dtype) for _, part in parts),
-        step_flops=products + sum(mixing_flops(name, part, context) for name, part in parts),
-        prefill_flops=products * context + sum(_prefill_mixing(name, part, context) for name, part in parts),
+        step_flops=products + step,
+        prefill_flops=products * context + prefill,
+        expected_step_flops=expected + step,
+        expected_prefill_flops=expected * context + prefill,
         index=index,
         recipe=recipe,
         mixer=names[0],
@@ -154,9 +163,8 @@ def _idle_parameters(layer: nn.Module) -> int:
     idle = 0
     for module in layer.modules():
         if hasattr(module, "router"):
-            num_experts = module.router.weight.shape[0]
-            size = sum(parameter.numel() for parameter in module.experts.parameters())
-            idle += size // num_experts * (num_experts - module.router.top_k)
+            size = sum(weight[0].numel() for weight in module.experts.parameters())
+            idle += round(size * (module.router.num_experts - experts_of_token(module.router)))
     return idle
 
 
@@ -181,4 +189,4 @@ def _rollback_bytes(part: nn.Module, hidden_size: int, context: int, window: int
 def _plan_outer(model: HybridLMForCausalLM, layers: tuple[LayerPlan, ...], context: int) -> Figures:
     num_parameters = sum(p.numel() for p in model.parameters()) - sum(layer.num_parameters for layer in layers)
     head = 2 * model.lm_head.weight.numel()
-    return Figures(num_parameters, num_parameters, 0, head, head * context)
+    return Figures(num_parameters, num_parameters, 0, head, head * context, head, head * context)

@@ -20,7 +20,7 @@ SILENT = {"chunk_size", "implementation", "bias_update_rate"}
 HARMLESS = {
     *("initializer_range", "dt_min", "dt_max", "dt_init_floor", "a_min", "a_max"),
     *("dropout", "embedding_dropout", "load_balancing_coef", "z_loss_coef", "loss_scope", "output_router_logits"),
-    *("max_position_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("jitter", "max_position_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
 }
 LEGACY_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
@@ -168,4 +168,7 @@ def _canonical(part: Options, config: Options) -> Options:
             idle = () if part["num_shared_experts"] else ("shared_gate", "shared_intermediate_size")
             if part["top_k_groups"] == part["num_groups"]:
                 idle += ("num_groups", "top_k_groups")
+            idle += ("capacity_factor",) if part["routing"] == "top_k" else ()
+            idle += () if part["routing"] == "gshard" else ("second_expert",)
+            idle += () if part["routing"] == "hash" else ("hash_seed",)
     return {key: value for key, value in part.items() if key not in idle}

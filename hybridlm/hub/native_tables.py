@@ -180,6 +180,9 @@ PLAIN_MOE = {
     "moe.top_k_groups": 1,
     "moe.selection_bias": False,
     "moe.num_shared_experts": 0,
+    "moe.num_zero_experts": 0,
+    "moe.num_copy_experts": 0,
+    "moe.routing": "top_k",
     "moe.z_loss_coef": 0.0,
     "moe.loss_scope": "batch",
 }

@@ -29,7 +29,8 @@ def mixers(name):
 
 def test_the_zoo_is_complete():
     promised = {"llama", "mistral", "mixtral", "mamba", "mamba2", "jamba", "jamba_3to1", "samba", "bamba"}
-    assert set(FULL) == promised | {"granite_4_like"}
+    promised |= {"granite_4_like", "mode", "switch", "deepseek_moe"}
+    assert set(FULL) == promised
     assert set(TINY) == {f"tiny_{name}" for name in FULL}
 
 
@@ -93,6 +94,23 @@ def test_jamba_is_the_published_one():
     # arXiv:2403.19887, table 1: 52B parameters, 12B active
     assert round(total.num_parameters / 1e9) == 52
     assert round(total.num_active_parameters / 1e9) == 12
+
+
+def test_deepseek_moe_is_the_published_one():
+    total = plan(presets.load_config("deepseek_moe")).total
+    # arXiv:2401.06066, section 5.1.2: 16.4B parameters, 2.8B active
+    assert round(total.num_parameters / 1e8) == 164
+    assert round(total.num_active_parameters / 1e8) == 28
+    first, *rest = parts("deepseek_moe", "channel_mixer")
+    assert first["name"] == "swiglu"
+    assert {(part["num_experts"], part["top_k"], part["num_shared_experts"]) for part in rest} == {(64, 6, 2)}
+
+
+def test_mode_has_one_choice_without_weights_and_switch_one_expert_a_token():
+    assert {(part["num_zero_experts"], part["top_k"]) for part in parts("mode", "channel_mixer")} == {(1, 1)}
+    experts = parts("switch", "channel_mixer")[1::2]
+    assert {(part["routing"], part["top_k"], part["capacity_factor"]) for part in experts} == {("switch", 1, 1.25)}
+    assert {part["load_balancing_coef"] for part in experts} == {0.01}
 
 
 def test_jamba_needs_4_gb_of_keys_and_values_at_256k_tokens():

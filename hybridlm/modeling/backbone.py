@@ -144,7 +144,10 @@ class HybridLMPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: A static cache without a positive `max_length`.
+            NotImplementedError: A part sees the whole text at once.
         """
+        for moe in self.base_model.moe_layers:
+            moe.router.check_decodes()
         if static and (max_length is None or max_length < 1):
             raise ValueError(f"max_length: a static cache needs it, at least 1, got {max_length}")
         length = max_length if static else None
@@ -233,6 +236,8 @@ class HybridLMModel(HybridLMPreTrainedModel):
             raise ValueError(f"{name}: expected at least one row and one token, got shape {tuple(given.shape)}")
         if input_ids is None and given.shape[2] != self.config.hidden_size:
             raise ValueError(f"{name}: expected hidden_size={self.config.hidden_size} values, got {given.shape[2]}")
+        for moe in self.moe_layers if input_ids is None else ():
+            moe.router.check_token_ids(None)
         if input_ids is not None and input_ids.device.type == "cpu" and not compiling():
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:

@@ -153,6 +153,19 @@ class Router(Float32Islands):
         self.load_record = None
         self.reset_load()
 
+    def check_token_ids(self, token_ids: Tensor | None) -> None:
+        """Raise the `ValueError` of hash routing without token ids."""
+        if self.routing == "hash" and token_ids is None:
+            raise ValueError("inputs_embeds: routing='hash' chooses experts by token id, give input_ids")
+
+    def check_decodes(self) -> None:
+        """Raise the `NotImplementedError` of expert choice with a cache."""
+        if self.routing == "expert_choice":
+            raise NotImplementedError(
+                "routing='expert_choice' lets later tokens decide, so it cannot decode; the exact alternative is "
+                "routing='top_k' with selection_bias=True. An evaluation with use_cache=False runs and is not causal"
+            )
+
     @property
     def balanced_top_k(self) -> int:
         """Choices a token that the load balancing loss counts: GShard counts first choices only."""
@@ -203,8 +216,7 @@ class Router(Float32Islands):
             ValueError: Hash routing without `token_ids` `[...]`.
         """
         if self.routing == "hash":
-            if token_ids is None:
-                raise ValueError("inputs_embeds: routing='hash' chooses experts by token id, give input_ids")
+            self.check_token_ids(token_ids)
             return hashed_experts(token_ids, self.top_k, self.num_experts, self.hash_seed)
         scores = scores.detach()
         if self.selection_bias is not None:
@@ -290,10 +302,7 @@ class Router(Float32Islands):
     def _route_by_experts(self, scores: Tensor, sequence: SequenceInfo | None) -> tuple[Tensor, Tensor]:
         """Gates and choices `[..., k]`; here k is the most experts that chose one token."""
         if sequence is not None and sequence.use_cache:
-            raise NotImplementedError(
-                "routing='expert_choice' lets later tokens decide, so it cannot decode; the exact alternative is "
-                "routing='top_k' with selection_bias=True. An evaluation with use_cache=False runs and is not causal"
-            )
+            self.check_decodes()
         compiling = torch.compiler.is_compiling()
         if not self.training and not compiling:
             logger.warning_once("routing='expert_choice': this evaluation is not causal, later tokens decide")

@@ -51,7 +51,7 @@ class MixtureOfDepths(Span):
         rule: str = "threshold",
         weight: str = "sigmoid",
         loss_coef: float = 0.01,
-        bias_update_rate: float = 0.1,
+        bias_update_rate: float = 1.0,
         predictor_size: int | None = None,
         ceiling: float | None = None,
     ) -> None:
@@ -71,7 +71,7 @@ class MixtureOfDepths(Span):
         self.capacity, self.rule, self.weight_function = capacity, rule, weight
         self.loss_coef, self.bias_update_rate = loss_coef, bias_update_rate
         self.top_k_in_evaluation = False  # a measurement that sees the future: `analysis.leaky_top_k`
-        self.router = nn.Linear(hidden_size, 1, bias=False)
+        self.router = nn.Linear(hidden_size, 1, bias=rule == "auxiliary_loss")  # which moves the cut to a score of 0
         self.predictor = None
         if rule == "predictor":
             hidden = nn.Linear(hidden_size, self.predictor_size)
@@ -82,8 +82,10 @@ class MixtureOfDepths(Span):
         self.init_weights(0.02)
 
     def init_weights(self, std: float) -> None:
-        """Draw the router; the bias starts at 0."""
-        init.normal_(self.router.weight, mean=0.0, std=std)
+        """Draw the router, so that scores have variance 1 at any width; the bias starts at 0."""
+        init.normal_(self.router.weight, mean=0.0, std=1.0)
+        if self.router.bias is not None:
+            init.zeros_(self.router.bias)
         if self.threshold_bias is not None:
             init.zeros_(self.threshold_bias)
 
@@ -103,7 +105,7 @@ class MixtureOfDepths(Span):
         inputs = inputs.to(state_dtype(inputs.dtype))
         inputs = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
         with torch.autocast(inputs.device.type, enabled=False):
-            scores = nn.functional.linear(inputs, self.router.weight.to(inputs.dtype))[..., 0]  # [B, T]
+            scores = _linear(self.router, inputs * self.hidden_size**-0.5)[..., 0]  # [B, T]
             logits = scores if self.predictor is None else self._predict(inputs.detach())
         if self.sees_the_future(sequence):
             wished = top_share(scores, self.capacity, sequence)
@@ -120,13 +122,8 @@ class MixtureOfDepths(Span):
         return Selection(wished, logits, weight), None
 
     def _predict(self, inputs: Tensor) -> Tensor:
-        values = inputs
-        for module in self.predictor:
-            if isinstance(module, nn.Linear):
-                values = nn.functional.linear(values, module.weight.to(values.dtype), module.bias.to(values.dtype))
-            else:
-                values = module(values)
-        return values[..., 0]
+        hidden, activation, output = self.predictor
+        return _linear(output, activation(_linear(hidden, inputs)))[..., 0]
 
     def _draw(self, sequence: SequenceInfo) -> Tensor:
         """A fixed draw for each place in a document, another one in every span."""
@@ -171,6 +168,12 @@ class MixtureOfDepths(Span):
     def extra_repr(self) -> str:
         """Show the choice."""
         return f"layers={self.start}..{self.stop - 1}, capacity={self.capacity}, rule={self.rule}"
+
+
+def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
+    """A projection in the type of `inputs`."""
+    bias = None if module.bias is None else module.bias.to(inputs.dtype)
+    return nn.functional.linear(inputs, module.weight.to(inputs.dtype), bias)
 
 
 def top_share(scores: Tensor, capacity: float, sequence: SequenceInfo) -> Tensor:

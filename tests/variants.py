@@ -84,6 +84,10 @@ CHANNEL_VARIANTS = {
     "moe-sigmoid": small("moe") | {"scores": "sigmoid", "selection_bias": True, "load_balancing_coef": 0.5},
     "moe-groups": small("moe") | {"num_groups": 2, "top_k_groups": 1, "scores": "sigmoid", "selection_bias": True},
     "moe-shared": small("moe") | {"num_shared_experts": 2, "shared_gate": True},
+    "moe-zero_and_copy": small("moe") | {"num_zero_experts": 1, "num_copy_experts": 2, "load_balancing_coef": 0.5},
+    "moe-switch": small("moe") | {"routing": "switch"},
+    "moe-gshard": small("moe") | {"routing": "gshard", "second_expert": "always", "z_loss_coef": 0.1},
+    "moe-hash": small("moe") | {"routing": "hash", "z_loss_coef": 0.1},
     "moe-one_of_three": small("moe") | {"num_experts": 3, "top_k": 1, "implementation": "loop"},
 }
 

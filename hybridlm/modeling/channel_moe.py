@@ -71,6 +71,11 @@ class MoE(nn.Module):
 
     full_precision = ("router", "shared_expert_gate")
 
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether in training the tokens of a batch depend on one another."""
+        return self.capacity_factor is not None
+
     def __init__(
         self,
         hidden_size: int,

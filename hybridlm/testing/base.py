@@ -177,6 +177,16 @@ class Subject:
         return copy.deepcopy(self.model)
 
 
+def require_independent_tokens(model: nn.Module) -> None:
+    """Leave out a model that says that tokens of one batch depend on one another in training.
+
+    Raises:
+        NotApplicable: A module has a true `batch_dependent`.
+    """
+    if any(getattr(module, "batch_dependent", False) for module in model.modules()):
+        raise NotApplicable("experts of limited capacity: in training the tokens of a batch depend on one another")
+
+
 def random_split(rng: random.Random, total: int, longest: int | None = None) -> list[int]:
     """Cut `total` tokens into chunks of 1 to `longest`, with single tokens often among them."""
     longest = total if longest is None else longest

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .base import NotApplicable, Subject, gradient_error, gradients
+from .base import NotApplicable, Subject, gradient_error, gradients, require_independent_tokens
 from .foreign import accepts
 
 
@@ -25,6 +25,7 @@ def accumulation_with_router_losses(subject: Subject) -> float:
 def _accumulated(subject: Subject, model: nn.Module) -> float:
     if not accepts(model, "num_items_in_batch"):
         raise NotApplicable("forward takes no num_items_in_batch")
+    require_independent_tokens(model)
     ids, rng = subject.input_ids, subject.rng("labels")
     dropped = [[rng.random() < 0.1 + 0.2 * b for _ in row] for b, row in enumerate(ids.tolist())]
     labels = ids.masked_fill(torch.tensor(dropped, device=ids.device), -100)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .base import NotApplicable, Subject, gradient_error, gradients, quiet
+from .base import NotApplicable, Subject, gradient_error, gradients, quiet, require_independent_tokens
 from .stream import Stream
 from .worker import digest
 from .workers import POOL, finish_all
@@ -34,6 +34,7 @@ def data_parallel(subject: Subject, timeout: float = 60.0) -> float:
     """Two gloo processes under DistributedDataParallel give the loss and gradients of one process."""
     _check_size(subject)
     model = subject.copy_of_model().train()
+    require_independent_tokens(model)
     batch = {"input_ids": subject.input_ids[:2], "labels": subject.input_ids[:2]}
     batches = [{name: value[rank : rank + 1] for name, value in batch.items()} for rank in range(2)]
     workers, rendezvous = POOL.ranks()

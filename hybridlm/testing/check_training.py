@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .base import NotApplicable, Subject, gradient_error, gradients
+from .base import NotApplicable, Subject, gradient_error, gradients, require_independent_tokens
 
 
 def _labels(subject: Subject, rows: Tensor) -> Tensor:
@@ -53,6 +53,7 @@ def gradient_checkpointing(subject: Subject) -> float:
 def losses_add_up(subject: Subject) -> float:
     """The loss and gradient of a padded batch are the sums over its micro-batches, router losses included."""
     model = subject.copy_of_model().train()
+    require_independent_tokens(model)
     ids = subject.input_ids
     labels, mask = _labels(subject, ids), torch.ones_like(ids)
     for b in range(1, len(ids)):
@@ -75,6 +76,7 @@ def losses_add_up(subject: Subject) -> float:
 def packed_losses_add_up(subject: Subject, borders: str = "seq_idx") -> float:
     """The loss and gradient of packed documents are the sums over the documents, router losses included."""
     model = subject.copy_of_model().train()
+    require_independent_tokens(model)
     ids = subject.input_ids[:1]
     labels, third = _labels(subject, ids), ids.shape[1] // 3
     cuts = [0, third, third + 1, ids.shape[1]]  # the one in the middle has a single token and no label to predict

@@ -21,6 +21,7 @@ from variants import (
 
 from hybridlm import MIXERS
 from hybridlm.testing import CHECKS, Subject, state_influence
+from hybridlm.testing.base import NotApplicable
 
 EXACT = 1e-9
 TOLERANCES = {
@@ -91,6 +92,16 @@ PAIR_CHECKS = [
 ]
 
 
+REFUSED = {
+    **{
+        (variant, check): "the tokens of a batch depend on one another"
+        for variant in ("moe-switch", "moe-gshard")
+        for check in ("losses_add_up", "packed_losses_add_up")
+    },
+    ("moe-hash", "causal_by_gradient"): "inputs_embeds: routing='hash'",
+}
+
+
 def holds(check, subject, **options):
     error = CHECKS[check](subject, **options)
     limit = TOLERANCES.get(check, EXACT)
@@ -119,7 +130,11 @@ def test_every_option_of_a_mixer_keeps_the_promises(variant, check):
 @pytest.mark.parametrize("check", CHANNEL_CHECKS)
 @pytest.mark.parametrize("variant", CHANNEL_VARIANTS)
 def test_every_option_of_a_channel_mixer_keeps_the_promises(variant, check):
-    holds(check, channel_subject(variant))
+    if (variant, check) in REFUSED:
+        with pytest.raises((NotApplicable, ValueError), match=REFUSED[variant, check]):
+            holds(check, channel_subject(variant))
+    else:
+        holds(check, channel_subject(variant))
 
 
 @pytest.mark.parametrize("check", STRUCTURE_CHECKS)

@@ -92,6 +92,13 @@ CHANNEL_VARIANTS = {
 }
 
 LAYER_SCALE = {"name": "add", "layer_scale": 0.7, "multiplier": 0.5}
+# options that make a registered residual with streams small
+STREAMS = {
+    "hyper_connections": {"name": "hyper_connections", "num_streams": 3},
+    "manifold_hyper_connections": {"name": "manifold_hyper_connections", "num_streams": 3, "sinkhorn_iterations": 5},
+}
+HYPER, MANIFOLD = STREAMS.values()
+RESIDUAL_OPTIONS = {"plain": {"name": "add"}, "layer_scale": LAYER_SCALE, **STREAMS}
 STRUCTURES = {
     **{
         f"{name}-{placement}": {"norm": {"name": name, "placement": placement}}
@@ -101,6 +108,15 @@ STRUCTURES = {
     "layer-offset_without_bias": {"norm": {"name": "layer", "offset": True, "bias": False}},
     "layer_scale": {"residual": LAYER_SCALE},
     "layer_scale-post": {"residual": LAYER_SCALE, "norm": {"name": "rms", "placement": "post"}},
+    **{
+        f"{name}-sandwich": {"residual": spec, "norm": {"name": "rms", "placement": "sandwich"}}
+        for name, spec in STREAMS.items()
+    },
+    "hyper_connections-static": {"residual": HYPER | {"dynamic": False, "multiplier": 0.5}},
+    "hyper_connections-no_tanh": {"residual": HYPER | {"tanh": False, "layer_scale": 0.7}},
+    "hyper_connections-one": {"residual": HYPER | {"num_streams": 1}},
+    "manifold_hyper_connections-two": {"residual": MANIFOLD | {"num_streams": 2, "layer_scale": 0.7}},
+    "manifold_hyper_connections-one": {"residual": MANIFOLD | {"num_streams": 1, "multiplier": 0.5}},
     "multipliers": {"embedding_multiplier": 3.0, "logit_multiplier": 0.5},
     "tied": {"tie_word_embeddings": True},
 }
@@ -142,34 +158,45 @@ def structure_subject(name):
 
 
 @lru_cache(maxsize=8)
-def hybrid_subject(dtype=torch.float64):
+def hybrid_subject(dtype=torch.float64, residual="plain"):
     """Every mixer, and experts with losses, in one model."""
     mixers = [small(name) for name in MIXERS] + [WINDOW | {"num_sinks": 2}]
     channels = [None, CHANNEL_VARIANTS["moe-losses"]]
-    return Subject(build([(mixer, channels[i % 2]) for i, mixer in enumerate(mixers)]).to(dtype))
+    layers = [(mixer, channels[i % 2]) for i, mixer in enumerate(mixers)]
+    return Subject(build(layers, residual=RESIDUAL_OPTIONS[residual]).to(dtype))
 
 
-def pairwise(factors, seed=0):
+def pairwise(factors, impossible=(), seed=0):
     """Rows that together hold every pair of values of every two factors.
 
     Args:
         factors: Factor name to its values.
+        impossible: Pairs `{factor: value, other factor: value}` that no model may have.
         seed: Breaks ties.
 
     Returns:
         A list of `{factor: value}`, found greedily: each row is the best of some random ones.
     """
     rng, names = Random(seed), list(factors)
-    missing = {(a, x, b, y) for a, b in combinations(names, 2) for x in factors[a] for y in factors[b]}
+    missing = {
+        (a, x, b, y)
+        for a, b in combinations(names, 2)
+        for x in factors[a]
+        for y in factors[b]
+        if {a: x, b: y} not in impossible
+    }
     rows = []
 
     def pairs(row):
         return {(a, row[a], b, row[b]) for a, b in combinations(names, 2)}
 
+    def possible(row):
+        return not any(pair.items() <= row.items() for pair in impossible)
+
     while missing:
         a, x, b, y = min(missing, key=repr)
         candidates = [{name: rng.choice(list(factors[name])) for name in names} | {a: x, b: y} for _ in range(60)]
-        rows.append(max(candidates, key=lambda row: len(pairs(row) & missing)))
+        rows.append(max(filter(possible, candidates), key=lambda row: len(pairs(row) & missing)))
         missing -= pairs(rows[-1])
     return rows
 
@@ -182,14 +209,15 @@ FACTORS = {
     "norm": ["rms", "layer"],
     "placement": list(PLACEMENTS),
     "tied": [False, True],
-    "residual": ["plain", "layer_scale"],
+    "residual": list(RESIDUAL_OPTIONS),
 }
 POSITIONS = {
     "none": {"name": "none"},
     "rope": ROPE,
     "yarn": MIXER_VARIANTS["attention-rope_yarn"]["position"],
 }
-PAIRWISE = {"-".join(str(value) for value in row.values()): row for row in pairwise(FACTORS)}
+IMPOSSIBLE = [{"placement": "post", "residual": name} for name in STREAMS]
+PAIRWISE = {"-".join(str(value) for value in row.values()): row for row in pairwise(FACTORS, IMPOSSIBLE)}
 
 
 @lru_cache(maxsize=4)
@@ -203,7 +231,7 @@ def pairwise_subject(name):
         build(
             layers,
             norm={"name": row["norm"], "placement": row["placement"]},
-            residual={"name": "add"} if row["residual"] == "plain" else LAYER_SCALE,
+            residual=RESIDUAL_OPTIONS[row["residual"]],
             tie_word_embeddings=row["tied"],
         )
     )

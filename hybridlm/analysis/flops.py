@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..modeling.connections import StreamResidual
+
 aten = torch.ops.aten
 _ELEMENTWISE = {aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.pow, aten.exp, aten.exp2, aten.rsqrt}
 _REDUCTIONS = {aten.sum, aten.mean, aten.cumsum}
@@ -71,6 +73,23 @@ def product_flops(part: nn.Module, expected: bool = False) -> int:
             chosen = sum(weight[0].numel() for weight in module.experts.parameters())
             total += 2 * module.router.weight.numel()
             total += round(2 * experts_of_token(module.router, expected) * chosen)
+    return total
+
+
+def stream_flops(part: nn.Module | None) -> int:
+    """Operations a token of a residual part, or of the head behind the layers, with several streams; 0 for the others.
+
+    The products that make the gates and mix the streams, and the weighted sums that read and write them. As for plain
+    residuals, norms and the factors on what is added are left out; so is the Sinkhorn iteration, which is a norm too.
+    """
+    num_streams, hidden_size = getattr(part, "num_streams", 0), getattr(part, "hidden_size", 0)
+    total = 0
+    if getattr(part, "mix_weight", None) is not None:  # applied to all streams at once, or to each
+        rows = num_streams * hidden_size // part.mix_weight.shape[1]
+        total += 2 * part.mix_weight.numel() * rows
+    total += 2 * num_streams * hidden_size  # read
+    if isinstance(part, StreamResidual):
+        total += 2 * num_streams**2 * hidden_size + 2 * num_streams * hidden_size  # mix, write
     return total
 
 

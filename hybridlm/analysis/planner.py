@@ -14,7 +14,7 @@ from torch import nn
 
 from ..modeling.configuration_hybridlm import HybridLMConfig
 from ..modeling.modeling_hybridlm import HybridLMForCausalLM
-from .flops import experts_of_token, mixing_flops, product_flops
+from .flops import experts_of_token, mixing_flops, product_flops, stream_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -64,7 +64,7 @@ class Plan:
         context: Tokens that the state and the FLOPs are for.
         dtype: Name of the number format of weights and keys; recurrences stay float32.
         layers: One entry a layer.
-        outer: Embeddings, head and final norm.
+        outer: Embeddings, head, final norm, and what makes one stream of several.
         rollback_window: Tokens that `cache.crop` may take back; 0 without a record of the past.
         rollback_bytes: Upper bound on what recording them adds for one row.
     """
@@ -131,6 +131,8 @@ def _plan_layer(
     parts = [(name, part) for name, part in zip(names, (layer.mixer, layer.channel_mixer), strict=True) if part]
     num_parameters = sum(parameter.numel() for parameter in layer.parameters())
     products, expected = (sum(product_flops(part, mean) for _, part in parts) for mean in (False, True))
+    streams = stream_flops(layer.mixer_residual) + stream_flops(layer.channel_residual)
+    products, expected = products + streams, expected + streams
     step = sum(mixing_flops(name, part, context) for name, part in parts)
     prefill = sum(_prefill_mixing(name, part, context) for name, part in parts)
     return LayerPlan(
@@ -188,5 +190,5 @@ def _rollback_bytes(part: nn.Module, hidden_size: int, context: int, window: int
 
 def _plan_outer(model: HybridLMForCausalLM, layers: tuple[LayerPlan, ...], context: int) -> Figures:
     num_parameters = sum(p.numel() for p in model.parameters()) - sum(layer.num_parameters for layer in layers)
-    head = 2 * model.lm_head.weight.numel()
+    head = 2 * model.lm_head.weight.numel() + stream_flops(model.model.residual_head)
     return Figures(num_parameters, num_parameters, 0, head, head * context, head, head * context)

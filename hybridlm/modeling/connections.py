@@ -126,16 +126,17 @@ class StreamResidual(Residual):
         return f"{self.hidden_size}, num_streams={self.num_streams}"
 
 
-class MeanHead(nn.Module):
+class MeanHead(Float32Islands):
     """Streams that all begin as the embedding and end as their mean.
 
     Args:
+        hidden_size: Width D of the residual stream.
         num_streams: Number of streams n.
     """
 
-    def __init__(self, num_streams: int) -> None:
+    def __init__(self, hidden_size: int, num_streams: int) -> None:
         super().__init__()
-        self.num_streams = num_streams
+        self.hidden_size, self.num_streams = hidden_size, num_streams
 
     def expand(self, hidden_states: Tensor) -> Tensor:
         """Copy `[B, T, D]` into every stream of `[B, T, n, D]`."""

@@ -21,11 +21,17 @@ from .mixer_mamba import MambaMixer
 from .mixer_mamba2 import Mamba2Mixer
 from .norms import NORMS
 from .residual_add import AddResidual
+from .residual_hyper_connections import HyperConnectionsResidual
+from .residual_manifold_hyper_connections import ManifoldHyperConnectionsResidual
 from .span_mixture_of_depths import MixtureOfDepths
 
 MIXERS = {"attention": AttentionMixer, "mamba": MambaMixer, "mamba2": Mamba2Mixer}
 CHANNEL_MIXERS = {"mlp": MLP, "moe": MoE, "swiglu": SwiGLU}
-RESIDUALS = {"add": AddResidual}
+RESIDUALS = {
+    "add": AddResidual,
+    "hyper_connections": HyperConnectionsResidual,
+    "manifold_hyper_connections": ManifoldHyperConnectionsResidual,
+}
 SPANS = {"mixture_of_depths": MixtureOfDepths}
 SPAN_KEYS = {"start": None, "stop": None, "every": None}
 PLACEMENTS = ("pre", "post", "sandwich")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .base import Subject, quiet
 
+ISLANDS = ("A_log", "D", "dt_bias", "selection_bias", "inv_freq", "mix_weight", "mix_base", "mix_scale")
+
 
 def saved_is_loaded(subject: Subject) -> float:
     """`save_pretrained` then `from_pretrained` gives the same bits, weights and logits."""
@@ -50,10 +52,8 @@ def _casts(model_type: type) -> dict[str, Callable[[nn.Module], nn.Module]]:
     }
 
 
-def float32_islands(
-    subject: Subject, names: tuple[str, ...] = ("A_log", "D", "dt_bias", "selection_bias", "inv_freq")
-) -> float:
-    """Decays, step-size and router biases and rotary frequencies stay float32, bit for bit, under every cast."""
+def float32_islands(subject: Subject, names: tuple[str, ...] = ISLANDS) -> float:
+    """Decays, step-size and router biases, rotary frequencies and stream gates stay float32, bit for bit, when cast."""
     for label, cast in _casts(type(subject.model)).items():
         model = subject.copy_of_model().float()
         before = {name: value.clone() for name, value in _tensors(model).items()}

@@ -8,14 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlm import presets
 from hybridlm.analysis import plan
-from hybridlm.analysis.flops import OperationCounter, mixing_flops, product_flops
+from hybridlm.analysis.flops import OperationCounter, mixing_flops, product_flops, stream_flops
 from hybridlm.modeling import mixer_mamba, mixer_mamba2
 from hybridlm.modeling.channel_moe import Experts, MoE
 from hybridlm.modeling.mixer_attention import AttentionMixer
 from hybridlm.modeling.mixer_mamba import MambaMixer
 from hybridlm.modeling.mixer_mamba2 import Mamba2Mixer
 from hybridlm.modeling.modeling_hybridlm import HybridLMForCausalLM
-from hybridlm.modeling.registry import CHANNEL_MIXERS, MIXERS
+from hybridlm.modeling.registry import CHANNEL_MIXERS, MIXERS, RESIDUALS
 
 TINY = [name for name in presets.preset_names() if name.startswith("tiny_")]
 MIXER_OPTIONS = {
@@ -125,6 +125,7 @@ def test_products_and_convolutions_equal_the_flop_counter(built):
     expected = sum(product_flops(part, expected=True) for part in parts) + 2 * model.lm_head.weight.numel()
     assert measured <= batch * num_tokens * planned
     assert measured == batch * num_tokens * planned or expected < planned  # choices of no expert cost nothing
+    planned += sum(stream_flops(part) for name, part in model.named_modules() if "residual" in name)
     mixing = sum(
         mixing_flops(part["name"], module, t)
         for recipe, layer in zip(config.layer_layout, model.model.layers, strict=True)
@@ -189,6 +190,24 @@ def test_experts_equal_a_count_of_their_reference(options):
     with torch.no_grad(), OperationCounter() as counter:
         part.forward_reference(torch.randn(1, 5, 32))
     assert counter.products == 5 * product_flops(part)
+
+
+@pytest.mark.parametrize("num_streams", [1, 3])
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residual_streams_equal_a_count_of_what_is_run(name, num_streams):
+    options = {} if name == "add" else {"num_streams": num_streams}
+    part = RESIDUALS[name](32, **options)
+    head = RESIDUALS[name].head(32, **{"eps": 1e-6, "scale_init": 0.01, "norm_eps": 1e-6} | options)
+    hidden_states = torch.randn(2, 5, 32)
+    stream = hidden_states if head is None else head.expand(hidden_states)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _, context = part(stream)
+        stream = part.write(stream, hidden_states, context)
+        if head is not None:
+            head.collapse(stream)
+    tied = 0 if head is None else num_streams * 32 * 10  # reading, writing, and reading in the head: no products
+    planned = stream_flops(part) + stream_flops(head)
+    assert counter.get_total_flops() == 10 * planned - 2 * 3 * tied
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))

@@ -18,8 +18,8 @@ def scale_weights(model: nn.Module, seed: int = 0, gain: float = 1.2) -> nn.Modu
     """Give a model random weights with which every token leaves a trace in the logits of later ones.
 
     Matrices are drawn with standard deviation `gain / sqrt(fan in)`, norms around one, biases and learned sinks around
-    zero. Step sizes lie between 0.1 and 0.7 and decays between 0.1 and 1 per unit step, so that a recurrence remembers
-    a few to a few dozen tokens.
+    zero, ties between residual streams around what they are. Step sizes lie between 0.1 and 0.7 and decays between 0.1
+    and 1 per unit step, so that a recurrence remembers a few to a few dozen tokens.
 
     Args:
         model: Any model; it is changed in place.
@@ -60,6 +60,10 @@ def _draw(name: str, leaf: str, parameter: Tensor, is_norm: bool, gain: float, g
         return uniform(0.1, 0.7).expm1().log()  # inverse of softplus
     if leaf == "A_log":
         return uniform(0.1, 1.0).log()
+    if leaf == "mix_base":  # random ones would cut the streams apart, or let them blow up
+        return parameter.detach().double() + 0.1 * normal
+    if leaf == "mix_scale":
+        return uniform(0.1, 0.2)
     if is_norm:
         around = parameter.detach().double().mean().round().item() if leaf == "weight" else 0.0
         return around + 0.2 * normal

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from .masks import SequenceInfo
 from .precision import state_dtype
 from .router import check_name
+from .span_load import SpanLoad
 from .spans import Selection, Span, SpanRecord, ceil_share
 
 RULES = ("threshold", "auxiliary_loss", "predictor", "random")
@@ -76,9 +77,8 @@ class MixtureOfDepths(Span):
         if rule == "predictor":
             hidden = nn.Linear(hidden_size, self.predictor_size)
             self.predictor = nn.Sequential(hidden, nn.GELU(), nn.Linear(self.predictor_size, 1))
-        bias = torch.zeros((), dtype=torch.float32) if rule == "threshold" else None
+        bias = torch.zeros(()) if rule == "threshold" else None
         self.register_buffer("threshold_bias", bias)
-        self.reset_load()
         self.init_weights(0.02)
 
     def init_weights(self, std: float) -> None:
@@ -141,29 +141,18 @@ class MixtureOfDepths(Span):
         losses = nn.functional.binary_cross_entropy_with_logits(record.scores, targets, reduction="none")
         return self.loss_coef * losses
 
-    @torch.no_grad()
-    def add_load(self, record: SpanRecord) -> None:
-        """Count the tokens of a forward in training that the rule wanted, and those it saw."""
-        counts = torch.stack([(record.wished & record.reached).sum(), record.reached.sum()]).double()
-        self._load = counts if self._load is None else self._load + counts
-
-    def reset_load(self) -> None:
-        """Start counting anew."""
-        self._load: Tensor | None = None
-
-    def load_counts(self) -> Tensor:
-        """Tokens wanted and seen since the last step, `[2]`."""
-        zero = torch.zeros(2, dtype=torch.double, device=self.router.weight.device)
-        return zero if self._load is None else self._load.to(zero.device)
+    def predicted(self, record: SpanRecord) -> Tensor | None:
+        """What would be decided without seeing later tokens, where the top k decides in training."""
+        return record.scores > 0 if self.rule in ("auxiliary_loss", "predictor") else None
 
     @torch.no_grad()
     def apply_load(self, counts: Tensor) -> None:
-        """Move the bias towards the capacity by counts that may come from several processes."""
+        """Move the bias towards the capacity; see `Span.apply_load`."""
         if self.threshold_bias is not None:
-            wanted, seen = counts.unbind()
-            step = self.bias_update_rate * (self.capacity - wanted / seen.clamp(min=1)) * (seen > 0)
-            self.threshold_bias += step.to(self.threshold_bias)
-        self.reset_load()
+            load = SpanLoad.from_counts(counts)
+            step = self.bias_update_rate * (self.capacity - load.wished / load.reached.clamp(min=1))
+            self.threshold_bias += (step * (load.reached > 0)).to(self.threshold_bias)
+        super().apply_load(counts)
 
     def extra_repr(self) -> str:
         """Show the choice."""

@@ -21,6 +21,7 @@ from .cache_layer import SpanCache
 from .losses import document_mean_loss, label_tokens_per_document
 from .masks import Compaction, SequenceInfo, compiling
 from .precision import Float32Islands, state_dtype
+from .span_load import NUM_COUNTS, span_counts
 from .stream import RowState, select_tokens
 
 CHUNK = 64
@@ -178,6 +179,10 @@ class Span(Float32Islands):
             raise ValueError(f"ceiling={ceiling} must lie in (0, 1]")
         self.hidden_size, self.ceiling = hidden_size, ceiling
         self.number, self.start, self.stop, self.parent = 0, 0, 0, None
+        # sums of `span_load`: since the last optimizer step here, and of all processes since a log was written; plain
+        # attributes because DistributedDataParallel would overwrite buffers with the first rank's
+        self._load: Tensor | None = None
+        self.load_record: Tensor | None = None
 
     def place(self, number: int, start: int, stop: int, parent: int | None) -> None:
         """Tell the span where it stands: its number, its layers `[start, stop)` and the span around it."""
@@ -213,8 +218,38 @@ class Span(Float32Islands):
         """`[B, T]`, what the choice adds to the loss at each token, or `None`; see `span_losses`."""
         return None
 
+    def predicted(self, record: SpanRecord) -> Tensor | None:
+        """`[B, T]`, True where a causal decision that is only being learned says that a token enters, or `None`."""
+        return None
+
     def add_load(self, record: SpanRecord) -> None:
-        """Count what a forward in training chose, where something is balanced by it."""
+        """Count what a forward in training chose."""
+        counts = span_counts(record, self.predicted(record))
+        self._load = counts if self._load is None else self._load.to(counts.device) + counts
+
+    def reset_load(self) -> None:
+        """Start counting anew."""
+        self._load = None
+
+    def load_counts(self) -> Tensor:
+        """What was counted since the last `reset_load`, to be added up over processes; see `span_load.SpanLoad`."""
+        if self._load is None:
+            return torch.zeros(NUM_COUNTS, dtype=torch.double, device=next(self.parameters(), torch.empty(0)).device)
+        return self._load
+
+    @torch.no_grad()
+    def apply_load(self, counts: Tensor) -> None:
+        """Take note of counts that may come from several processes, and count anew."""
+        self.load_record = counts.clone() if self.load_record is None else self.load_record.to(counts.device) + counts
+        self.reset_load()
+
+    def state_spec(self, num_streams: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape a row and type of what the span keeps in a cache, whatever the number of tokens.
+
+        A subclass with a `choice_type` adds its fields, named `choice.*`.
+        """
+        held = ((num_streams * self.hidden_size,), state_dtype(dtype))
+        return {"held.values": held} if self.holds else {}
 
     def new_entry(self, static_length: int | None = None) -> SpanCache:
         """Make what this span keeps in a cache; `static_length` tokens may come to it, or any number."""

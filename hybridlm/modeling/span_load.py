@@ -1,0 +1,69 @@
+"""What a span chose, in sums: added over micro-batches and processes, and read as metrics.
+
+Shapes: B batch, T tokens, R bins of the histogram over rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROW_BINS = 1000  # a share of a row is known to a thousandth; sums of a histogram add up over processes, rows do not
+_TOTALS = ("wished", "reached", "taken", "predicted", "hits", "correct", "num_rows", "row_shares")
+NUM_COUNTS = len(_TOTALS) + ROW_BINS + 1
+
+
+@dataclass
+class SpanLoad:
+    """Sums over the tokens that a span could choose from.
+
+    Attributes:
+        wished: Tokens that would have entered without the ceiling.
+        reached: Tokens that came to the span: those that entered the span around it.
+        taken: Tokens that entered.
+        predicted: Tokens of which a causal decision said that they enter.
+        hits: Of those, the tokens that entered.
+        correct: Tokens of which it said the truth.
+        num_rows: Rows with a token that came to the span.
+        row_shares: Sum of their shares taken/reached.
+        histogram: `[R]`, rows by their share, rounded.
+    """
+
+    wished: Tensor
+    reached: Tensor
+    taken: Tensor
+    predicted: Tensor
+    hits: Tensor
+    correct: Tensor
+    num_rows: Tensor
+    row_shares: Tensor
+    histogram: Tensor
+
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> "SpanLoad":
+        """Read what `span_counts` wrote."""
+        return cls(*counts[: len(_TOTALS)].unbind(), counts[len(_TOTALS) :])
+
+
+@torch.no_grad()
+def span_counts(record: Any, predicted: Tensor | None = None) -> Tensor:
+    """Count what a span did in one forward.
+
+    Args:
+        record: A `SpanRecord`; each of its fields `[B, T]`.
+        predicted: `[B, T]`, True where a causal decision says that the token enters; `None` if there is none.
+
+    Returns:
+        The fields of `SpanLoad` in one row `[NUM_COUNTS]`, float64, on the device of the record.
+    """
+    reached = record.reached
+    taken, wished = record.taken & reached, record.wished & reached
+    predicted = torch.zeros_like(taken) if predicted is None else predicted & reached
+    masks = (wished, reached, taken, predicted, predicted & taken, (predicted == taken) & reached)
+    totals = torch.stack([mask.sum() for mask in masks]).double()
+    among = reached.sum(1).double()
+    counted, shares = (among > 0).double(), taken.sum(1) / among.clamp(min=1)
+    bins = (shares * ROW_BINS).round().long()
+    histogram = torch.zeros(ROW_BINS + 1, dtype=torch.double, device=taken.device).scatter_add(0, bins, counted)
+    return torch.cat([totals, torch.stack([counted.sum(), (shares * counted).sum()]), histogram])

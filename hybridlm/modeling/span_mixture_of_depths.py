@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .loads import SpanLoad
 from .masks import SequenceInfo
 from .precision import state_dtype
 from .router import check_name
-from .span_load import SpanLoad
 from .spans import Selection, Span, SpanRecord, ceil_share
 
 RULES = ("threshold", "auxiliary_loss", "predictor", "random")

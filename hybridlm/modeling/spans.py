@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .cache_entries import RecurrentEntry
 from .cache_layer import SpanCache
+from .loads import NUM_COUNTS, span_counts
 from .losses import document_mean_loss, label_tokens_per_document
 from .masks import Compaction, SequenceInfo, compiling
 from .precision import Float32Islands, state_dtype
-from .span_load import NUM_COUNTS, span_counts
 from .stream import RowState, select_tokens
 
 CHUNK = 64
@@ -179,7 +179,7 @@ class Span(Float32Islands):
             raise ValueError(f"ceiling={ceiling} must lie in (0, 1]")
         self.hidden_size, self.ceiling = hidden_size, ceiling
         self.number, self.start, self.stop, self.parent = 0, 0, 0, None
-        # sums of `span_load`: since the last optimizer step here, and of all processes since a log was written; plain
+        # sums of `loads`: since the last optimizer step here, and of all processes since a log was written; plain
         # attributes because DistributedDataParallel would overwrite buffers with the first rank's
         self._load: Tensor | None = None
         self.load_record: Tensor | None = None
@@ -232,7 +232,7 @@ class Span(Float32Islands):
         self._load = None
 
     def load_counts(self) -> Tensor:
-        """What was counted since the last `reset_load`, to be added up over processes; see `span_load.SpanLoad`."""
+        """What was counted since the last `reset_load`, to be added up over processes; see `loads.SpanLoad`."""
         if self._load is None:
             return torch.zeros(NUM_COUNTS, dtype=torch.double, device=next(self.parameters(), torch.empty(0)).device)
         return self._load

@@ -55,6 +55,29 @@ def test_layers_on_the_disk_change_nothing(saved, tmp_path):
         torch.testing.assert_close(mine, expected)
 
 
+RESIDUALS = {
+    "add": {"name": "add", "layer_scale": 0.5},
+    "hyper_connections": {"name": "hyper_connections", "num_streams": 2},
+    "manifold_hyper_connections": {"name": "manifold_hyper_connections", "num_streams": 2, "layer_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residual_parts_on_the_disk_change_nothing(name, tmp_path):
+    model = build("hybrid", torch.float32, residual=RESIDUALS[name])
+    model.save_pretrained(tmp_path / "model")
+    places = device_map(rest="cpu", **{f"layer_{i}": "disk" for i in range(4)})
+    if model.model.residual_head is not None:
+        places["model.residual_head"] = "disk"
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    away = {str(p.device) for leaf, p in spread.named_parameters() if "residual" in leaf}
+    assert away == {"meta"}
+    with torch.no_grad():
+        torch.testing.assert_close(spread(prompt()).logits, model(prompt()).logits)
+
+
 def test_a_layer_may_not_be_split(saved):
     from accelerate import infer_auto_device_map
 

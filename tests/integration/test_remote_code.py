@@ -66,6 +66,8 @@ def loaded(tmp_path_factory, leaky):
     models = {auto: build("hybrid", torch.float32, head) for auto, head in HEADS.items()}
     models["AutoModelForCausalLM-leaky"] = HybridLMForCausalLM(leaky_config()).eval()
     models["AutoModelForCausalLM-bf16"] = build("hybrid", torch.bfloat16)
+    streams = {"name": "manifold_hyper_connections", "num_streams": 2}
+    models["AutoModelForCausalLM-streams"] = build("hybrid", torch.bfloat16, residual=streams)
     models["AutoModelForCausalLM-tied"] = build("mamba", torch.float32, tie_word_embeddings=True)
     here = {}
     for name, model in models.items():
@@ -78,7 +80,7 @@ def loaded(tmp_path_factory, leaky):
     return SimpleNamespace(root=root, here=here)
 
 
-NAMES = [*HEADS, "AutoModelForCausalLM-leaky", "AutoModelForCausalLM-bf16", "AutoModelForCausalLM-tied"]
+NAMES = [*HEADS, *(f"AutoModelForCausalLM-{kind}" for kind in ("leaky", "bf16", "streams", "tied"))]
 
 
 @pytest.mark.parametrize("name", NAMES)

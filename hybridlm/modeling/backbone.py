@@ -55,7 +55,10 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridLMLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "selection_bias", "mix_weight", "mix_base", "mix_scale"]
+    _keep_in_fp32_modules_strict = [
+        *("A_log", "D", "dt_bias", "selection_bias", "threshold_bias"),
+        *("mix_weight", "mix_base", "mix_scale"),
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

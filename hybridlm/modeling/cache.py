@@ -352,7 +352,7 @@ class HybridCache(Cache):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{number}.{name}": tensor.contiguous()
-            for number, part in self._numbered().items()
+            for number, part in self.parts().items()
             for name, tensor in part.named_tensors().items()
         }
         facts = {"signature": self.signature, "num_columns": self.num_columns, "max_length": self.max_length}
@@ -377,7 +377,7 @@ class HybridCache(Cache):
         for name, mine in (("signature", self.signature), ("max_length", self.max_length)):
             if facts.pop(name) != mine:
                 raise ValueError(f"{folder}: was saved from a cache with another {name}")
-        numbered, tensors = self._numbered(), load_file(Path(folder) / "cache.safetensors")
+        numbered, tensors = self.parts(), load_file(Path(folder) / "cache.safetensors")
         for name in tensors:  # copies: a memory-mapped file is not aligned as a product likes it
             part = numbered.get(name.partition(".")[0])
             tensors[name] = tensors[name].to(self.device if part is None else part.device, copy=True)
@@ -395,7 +395,7 @@ class HybridCache(Cache):
         for (number, half), state in parts.items():
             getattr(numbered[number], half).load(state)
 
-    def _numbered(self) -> dict[str, Any]:
-        """The parts by the names they have in a file."""
+    def parts(self) -> dict[str, Any]:
+        """What layers (`"0"`, ...) and spans (`"span0"`, ...) keep, by name."""
         layers = {str(number): layer for number, layer in enumerate(self.layers)}
         return layers | {f"span{number}": span for number, span in enumerate(self.spans)}

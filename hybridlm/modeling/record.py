@@ -152,7 +152,9 @@ class Stream:
         """Return to the state that `undo` found."""
         rows = self.rows = undo.rows
         self.calls = undo.calls
-        length = int(rows.num_tokens.max()) if rows.uniform is None else rows.uniform
+        length = 0 if rows is None else rows.uniform  # no rows: no token has come yet
+        if length is None:
+            length = int(rows.num_tokens.max())
         for entry in self.entries:
             entry.rollback(len(self.calls), undo.shortened, length)
         if self.num_marked > len(self.calls) - (undo.shortened is not None):

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from .base import Subject, quiet
 
-ISLANDS = ("A_log", "D", "dt_bias", "selection_bias", "inv_freq", "mix_weight", "mix_base", "mix_scale")
+ISLANDS = (
+    "A_log",
+    "D",
+    "dt_bias",
+    "selection_bias",
+    "threshold_bias",
+    "inv_freq",
+    "mix_weight",
+    "mix_base",
+    "mix_scale",
+)
 
 
 def saved_is_loaded(subject: Subject) -> float:

@@ -64,6 +64,8 @@ def _draw(name: str, leaf: str, parameter: Tensor, is_norm: bool, gain: float, g
         return parameter.detach().double() + 0.1 * normal
     if leaf == "mix_scale":
         return uniform(0.1, 0.2)
+    if leaf == "threshold_bias":
+        return 0.05 * normal  # some tokens enter a span, and some do not
     if is_norm:
         around = parameter.detach().double().mean().round().item() if leaf == "weight" else 0.0
         return around + 0.2 * normal
@@ -94,11 +96,11 @@ def state_influence(subject: Subject, num_past: int | None = None) -> dict[str, 
         subject.forward(ids[:, :num_past], cache)
         if spoil is not None:
             number, name = spoil
-            cache.layers[number].named_tensors()[name].zero_()
+            cache.parts()[number].named_tensors()[name].zero_()
         return subject.forward(ids[:, num_past:], cache)
 
     cache, expected = subject.new_cache(), run()
     subject.forward(ids[:, :num_past], cache)
-    tensors = [(number, *item) for number, layer in enumerate(cache.layers) for item in layer.named_tensors().items()]
+    tensors = [(number, *item) for number, part in cache.parts().items() for item in part.named_tensors().items()]
     names = [(number, name) for number, name, tensor in tensors if tensor.numel()]
     return {f"{number}.{name}": relative_error(run((number, name)), expected) for number, name in names}

@@ -1,0 +1,61 @@
+"""The models that the contract tests of spans run on: every rule, and every span around every kind of layer."""
+
+from functools import lru_cache
+from itertools import cycle
+
+from variants import ATTENTION, CHANNEL_VARIANTS, MAMBA, MAMBA2, WINDOW, build, pairwise, small
+
+from hybridlm import CHANNEL_MIXERS, MIXERS
+from hybridlm.modeling.registry import RESIDUALS, SPANS
+from hybridlm.testing import Subject
+
+MOD = {"name": "mixture_of_depths", "capacity": 0.4}
+STACK = [(MAMBA, small("mlp")), (ATTENTION, CHANNEL_VARIANTS["moe-losses"]), (MAMBA2, None), (WINDOW, small("swiglu"))]
+MIDDLE = {"start": 1, "stop": 3}
+
+
+def mod(**options):
+    return MOD | MIDDLE | options
+
+
+SPAN_VARIANTS = {
+    "mod-threshold": [mod()],
+    "mod-auxiliary_loss": [mod(rule="auxiliary_loss", loss_coef=0.5)],
+    "mod-predictor": [mod(rule="predictor", loss_coef=0.5, predictor_size=3)],
+    "mod-random": [mod(rule="random")],
+    "mod-raw_weight": [mod(weight="raw")],
+    "mod-ceiling": [mod(rule="random", capacity=0.35, ceiling=0.35)],
+    "mod-whole_stack": [mod(start=0, stop=4)],
+    "mod-every_layer": [mod(start=0, stop=1, every=1)],
+    "mod-nested": [mod(start=0, stop=4, capacity=0.7, rule="random"), mod(rule="random"), mod(start=2)],
+}
+
+# the smallest entry of every registered span; one that is not named here runs with its defaults
+SMALL_SPANS = {name: {"name": name} for name in SPANS} | {"mixture_of_depths": MOD | {"rule": "random"}}
+SPAN_FACTORS = {
+    "span": list(SPANS),
+    "inside": [*MIXERS, "attention-window"],
+    "channel": [*CHANNEL_MIXERS, "moe-losses"],
+    "residual": list(RESIDUALS),
+    "other": list(SPANS),
+    "nested": [True, False],
+}
+SPAN_PAIRS = {"-".join(str(value) for value in row.values()): row for row in pairwise(SPAN_FACTORS)}
+
+
+@lru_cache(maxsize=4)
+def span_subject(name):
+    """Mamba, attention with experts, Mamba-2 and windowed attention, with the spans of an entry."""
+    return Subject(build(STACK, spans=SPAN_VARIANTS[name]))
+
+
+@lru_cache(maxsize=4)
+def span_pair_subject(name):
+    """A span around a mixer with a channel mixer, and another span inside it or behind it."""
+    row = SPAN_PAIRS[name]
+    mixer = WINDOW if row["inside"] == "attention-window" else small(row["inside"])
+    others = cycle(layer for layer in STACK if layer[0]["name"] != mixer["name"])
+    layers = [next(others), (mixer, CHANNEL_VARIANTS[row["channel"]]), next(others), next(others)]
+    second = {"start": 2, "stop": 3} if row["nested"] else {"start": 3, "stop": 4}
+    spans = [SMALL_SPANS[row["span"]] | {"start": 1, "stop": 3}, SMALL_SPANS[row["other"]] | second]
+    return Subject(build(layers, spans=spans, residual={"name": row["residual"]}))

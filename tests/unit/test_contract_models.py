@@ -78,6 +78,8 @@ STRUCTURE_CHECKS = [
     "missing_keys",
     "bf16_is_close",
 ]
+# streams keep nothing between tokens: the longest rollbacks can tell nothing new of them
+STREAM_CHECKS = [name for name in THOROUGH if name not in ("rollback_across_documents", "rollback_again_and_again")]
 PAIR_CHECKS = [
     "chunked_continuation",
     "step_is_scan",
@@ -121,7 +123,7 @@ def test_a_hybrid_of_all_mixers_keeps_every_promise(check):
     holds(check, hybrid_subject())
 
 
-@pytest.mark.parametrize("check", THOROUGH)
+@pytest.mark.parametrize("check", STREAM_CHECKS)
 @pytest.mark.parametrize("residual", STREAMS)
 def test_a_hybrid_of_all_mixers_with_several_streams_keeps_every_promise(residual, check):
     holds(check, hybrid_subject(residual=residual))

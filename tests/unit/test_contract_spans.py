@@ -99,4 +99,5 @@ def test_a_compiled_decoding_step_gives_the_eager_logits(variant):
 def test_spans_run_in_bfloat16_without_nan(variant):
     model = span_subject(variant).copy_of_model().to(torch.bfloat16)
     logits = model(span_subject(variant).input_ids).logits
-    assert logits.dtype == torch.bfloat16 and bool(logits.isfinite().all())
+    assert logits.dtype == torch.bfloat16
+    assert bool(logits.isfinite().all())

@@ -29,7 +29,7 @@ def mixers(name):
 
 def test_the_zoo_is_complete():
     promised = {"llama", "mistral", "mixtral", "mamba", "mamba2", "jamba", "jamba_3to1", "samba", "bamba"}
-    promised |= {"granite_4_like", "mode", "switch", "deepseek_moe", "mhc_jamba"}
+    promised |= {"granite_4_like", "mode", "switch", "deepseek_moe", "mhc_jamba", "mod_llama", "mod_jamba"}
     assert set(FULL) == promised
     assert set(TINY) == {f"tiny_{name}" for name in FULL}
 
@@ -60,6 +60,7 @@ def test_a_tiny_sibling_keeps_the_structure(name):
     for half in ("mixer", "channel_mixer"):
         kinds = [{json.dumps(_structure(part)) for part in parts(preset, half)} for preset in (name, f"tiny_{name}")]
         assert kinds[0] == kinds[1], half
+    assert [_structure(span) for span in full["spans"]] == [_structure(span) for span in tiny["spans"]]
     for key in ("norm", "tie_word_embeddings", "embedding_multiplier", "logit_multiplier", "residual"):
         assert full[key] == tiny[key], key
 

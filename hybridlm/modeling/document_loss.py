@@ -24,6 +24,11 @@ def sum_by_document(values: Tensor, segment_ids: Tensor | None) -> Tensor:
     return torch.zeros_like(values).scatter_add(1, index, values)
 
 
+def spread_over_documents(values: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Give every token the value of its document: `[B, M]` as `[B, T]`, or `[B, 1]` for one document a row."""
+    return values if segment_ids is None else values.gather(1, _documents(segment_ids))
+
+
 def label_tokens_per_document(
     labels: Tensor, segment_ids: Tensor | None = None, token_mask: Tensor | None = None, *, shifted: bool = False
 ) -> Tensor:

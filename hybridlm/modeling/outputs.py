@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .masks import Compaction
+from .record import map_tensors
 from .spans import Journal, Passage, SpanRecord, lift_all
 
 
@@ -94,8 +95,8 @@ def leave_spans(
 def _record(passage: Passage) -> SpanRecord:
     chosen, outer = passage.selection, passage.outer
     reached = torch.ones_like(chosen.taken) if passage.mask is None else passage.mask
-    values = (chosen.scores, chosen.taken, chosen.wished, reached)
-    return SpanRecord(passage.number, *(lift_all(outer, value) for value in values))
+    values = (chosen.scores, chosen.taken, chosen.wished, reached, chosen.sizes)
+    return SpanRecord(passage.number, *(value if value is None else lift_all(outer, value) for value in values))
 
 
 def _lift_attention(passage: Passage | None, weights: Tensor) -> Tensor:
@@ -117,10 +118,7 @@ def leave_compaction(output: HybridLMModelOutput, compaction: Compaction, attent
         if getattr(output, name, None):
             output[name] = tuple(compaction.restore(x) for x in getattr(output, name))
     if output.span_records is not None:
-        output.span_records = tuple(
-            SpanRecord(r.number, *(compaction.restore(x) for x in (r.scores, r.taken, r.wished, r.reached)))
-            for r in output.span_records
-        )
+        output.span_records = tuple(map_tensors(record, compaction.restore) for record in output.span_records)
         output.layer_masks = {depth: compaction.restore(x) for depth, x in output.layer_masks.items()}
     if getattr(output, "attentions", None):
         keys = compaction

@@ -24,6 +24,7 @@ from .residual_add import AddResidual
 from .residual_hyper_connections import HyperConnectionsResidual
 from .residual_manifold_hyper_connections import ManifoldHyperConnectionsResidual
 from .span_mixture_of_depths import MixtureOfDepths
+from .span_token_merging import TokenMerging
 
 MIXERS = {"attention": AttentionMixer, "mamba": MambaMixer, "mamba2": Mamba2Mixer}
 CHANNEL_MIXERS = {"mlp": MLP, "moe": MoE, "swiglu": SwiGLU}
@@ -32,7 +33,7 @@ RESIDUALS = {
     "hyper_connections": HyperConnectionsResidual,
     "manifold_hyper_connections": ManifoldHyperConnectionsResidual,
 }
-SPANS = {"mixture_of_depths": MixtureOfDepths}
+SPANS = {"mixture_of_depths": MixtureOfDepths, "token_merging": TokenMerging}
 SPAN_KEYS = {"start": None, "stop": None, "every": None}
 PLACEMENTS = ("pre", "post", "sandwich")
 

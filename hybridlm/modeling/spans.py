@@ -38,6 +38,7 @@ class Selection:
         inputs: like the stream, what enters at each token; `None` for the stream itself.
         positions: `[B, T]`, position ids of what enters; `None` for those of the tokens.
         retain: `[B, T]`, share of what was held before that an entering token keeps; `None` for 0.
+        sizes: `[B, T]`, number of tokens that what enters stands for, 0 elsewhere; `None` where it is not known yet.
         taken: `[B, T]`, True at tokens that enter.
     """
 
@@ -47,6 +48,7 @@ class Selection:
     inputs: Tensor | None = None
     positions: Tensor | None = None
     retain: Tensor | None = None
+    sizes: Tensor | None = None
     taken: Tensor | None = None
 
 
@@ -103,6 +105,7 @@ class SpanRecord:
         taken: `[B, T]`, True at tokens that entered.
         wished: `[B, T]`, True at tokens that would have entered without the ceiling.
         reached: `[B, T]`, True at tokens that the span could choose from.
+        sizes: `[B, T]`, as in `Selection`.
     """
 
     number: int
@@ -110,6 +113,7 @@ class SpanRecord:
     taken: Tensor
     wished: Tensor
     reached: Tensor
+    sizes: Tensor | None = None
 
 
 def lift_all(passage: Passage | None, values: Tensor, before: bool = False) -> Tensor:
@@ -392,7 +396,7 @@ def hold_last(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tup
     held = updates.gather(1, last.clamp(min=0)[..., None].expand_as(updates))
     before = torch.zeros_like(updates[:, 0]) if state is None else state.values
     held = torch.where(last[..., None] < 0, before[:, None], held)
-    return held, Held(held[:, -1])
+    return held, Held(held[:, -1].clone())  # a view would keep all of a long call alive
 
 
 def hold_mean(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tuple[Tensor, Held]:

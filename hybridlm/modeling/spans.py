@@ -379,6 +379,15 @@ class Held:
     values: Tensor
 
 
+def _unpack(packed: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
+    """What stays `[B, T]` and the updates `[B, T, N]`; tokens that `crop` took back have become pads since."""
+    keep, updates = packed[..., 0], packed[..., 1:]
+    if sequence.token_mask is not None:
+        keep = keep.masked_fill(~sequence.token_mask, 1.0)
+        updates = updates.masked_fill(~sequence.token_mask[..., None], 0.0)
+    return keep, updates
+
+
 def hold_last(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tuple[Tensor, Held]:
     """Repeat the last update until the next one.
 
@@ -390,7 +399,7 @@ def hold_last(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tup
     Returns:
         What each token gets `[B, T, N]`, and what is held after the call.
     """
-    keep, updates = packed[..., 0], packed[..., 1:]
+    keep, updates = _unpack(packed, sequence)
     columns = torch.arange(packed.shape[1], device=packed.device)
     last = torch.where(keep == 0, columns, -1).cummax(1).values  # [B, T]
     held = updates.gather(1, last.clamp(min=0)[..., None].expand_as(updates))
@@ -401,7 +410,7 @@ def hold_last(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tup
 
 def hold_mean(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tuple[Tensor, Held]:
     """As `hold_last`, where an update may replace a share only: held = keep * held + update."""
-    keep, updates = packed[..., 0], packed[..., 1:]
+    keep, updates = _unpack(packed, sequence)
     held = torch.zeros_like(updates[:, 0]) if state is None else state.values
     outputs = []
     for start in range(0, packed.shape[1], CHUNK):

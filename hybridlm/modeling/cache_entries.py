@@ -52,8 +52,18 @@ class KeyValueStore:
             self._reserve(new_length)
             self._write(self.keys, keys, sequence)
             self._write(self.values, values, sequence)
-        self.length = new_length
-        return self.keys[:, :, :new_length], self.values[:, :, :new_length]
+        self.length = self._length_after(new_length, sequence)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    @staticmethod
+    def _length_after(most: int, sequence: SequenceInfo) -> int:
+        """Slots of the longest row; inside a span rows take turns, and a slot a call would be many more than that."""
+        if sequence.passage is None or sequence.uniform_past is not None or sequence.num_past is None:
+            return most
+        if "longest" not in sequence.memo:
+            new = sequence.num_tokens if sequence.lengths is None else sequence.lengths
+            sequence.memo["longest"] = int((sequence.num_past + new).max())
+        return sequence.memo["longest"]
 
     def _append_static(self, keys: Tensor, values: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
         if self.keys is None:

@@ -34,14 +34,19 @@ def gradient_checkpointing(subject: Subject) -> float:
     if not model.supports_gradient_checkpointing:
         raise NotApplicable("the model does not support gradient checkpointing")
     batch = {"input_ids": subject.input_ids, "labels": _labels(subject, subject.input_ids)}
-    loss, expected = _loss_gradients(model, **batch)
+    seed = subject.rng("training").randrange(2**31)  # dropout and jitter draw the same in every run
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        loss, expected = _loss_gradients(model, **batch)
     worst = 0.0
     for reentrant in (False, True):
         _enable_checkpointing(model, reentrant)
         if reentrant:
             model.enable_input_require_grads()
         try:
-            again, actual = _loss_gradients(model, **batch)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                again, actual = _loss_gradients(model, **batch)
         except ValueError:
             if reentrant:  # side outputs recorded inside a reentrant checkpoint have no gradient
                 continue

@@ -22,6 +22,20 @@ RULES = ("threshold", "auxiliary_loss", "predictor", "random")
 WEIGHTS = ("sigmoid", "raw")
 
 
+class DepthRouter(nn.Linear):
+    """The projection `[..., D]` to `[..., 1]` that scores tokens."""
+
+    def reset_parameters(self) -> None:
+        """Start as `init_weights` says."""
+        self.init_weights(1.0)
+
+    def init_weights(self, std: float) -> None:
+        """Draw the weights so that scores have variance 1 at any width; `std` is not used."""
+        init.normal_(self.weight, mean=0.0, std=1.0)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
 class MixtureOfDepths(Span):
     """Let the tokens enter that a router scores highest.
 
@@ -72,7 +86,7 @@ class MixtureOfDepths(Span):
         self.capacity, self.rule, self.weight_function = capacity, rule, weight
         self.loss_coef, self.bias_update_rate = loss_coef, bias_update_rate
         self.top_k_in_evaluation = False  # a measurement that sees the future: `analysis.leaky_top_k`
-        self.router = nn.Linear(hidden_size, 1, bias=rule == "auxiliary_loss")  # which moves the cut to a score of 0
+        self.router = DepthRouter(hidden_size, 1, bias=rule == "auxiliary_loss")  # which moves the cut to a score of 0
         self.predictor = None
         if rule == "predictor":
             hidden = nn.Linear(hidden_size, self.predictor_size)
@@ -82,10 +96,7 @@ class MixtureOfDepths(Span):
         self.init_weights(0.02)
 
     def init_weights(self, std: float) -> None:
-        """Draw the router, so that scores have variance 1 at any width; the bias starts at 0."""
-        init.normal_(self.router.weight, mean=0.0, std=1.0)
-        if self.router.bias is not None:
-            init.zeros_(self.router.bias)
+        """Let the bias start at 0."""
         if self.threshold_bias is not None:
             init.zeros_(self.threshold_bias)
 

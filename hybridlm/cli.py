@@ -95,6 +95,13 @@ def _print_plan(name: str, plan: "Plan") -> None:
         label = (str(layer.index), layer.recipe, layer.mixer or "-", layer.channel_mixer or "-")
         table.add_row(*label, *_figures(layer))
     table.add_section()
+    for span in plan.spans:
+        reach = f"at most {span.max_tokens:,} tokens" if span.max_tokens < plan.context else "no bound on tokens"
+        place = str(span.start) if span.stop - span.start == 1 else f"{span.start}..{span.stop - 1}"
+        label = (place, span.span, reach, f"{span.expected_tokens:,} expected")
+        table.add_row(*label, *_figures(span))
+    if plan.spans:
+        table.add_section()
     for label, row in (("outside the layers", plan.outer), ("total", plan.total)):
         table.add_row("", label, "", "", *_figures(row))
     # rich cuts a table to 80 columns where it cannot see a terminal
@@ -106,6 +113,8 @@ def _print_plan(name: str, plan: "Plan") -> None:
     if total.expected_prefill_flops != total.prefill_flops:
         expected = f"{total.expected_prefill_flops:,}, and {total.expected_step_flops:,} a token"
         typer.echo(f"these are bounds, for the FLOPs depend on the data; expected are {expected}")
+    if total.expected_state_bytes != total.state_bytes:
+        typer.echo(f"so are the bytes of the state; expected are {total.expected_state_bytes:,}")
 
 
 def _figures(row: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What a config costs before anything is built."""
 
-from .planner import Figures, LayerPlan, Plan, plan
+from .figures import Figures, LayerPlan, Plan, SpanPlan
+from .planner import plan
 
-__all__ = ["Figures", "LayerPlan", "Plan", "plan"]
+__all__ = ["Figures", "LayerPlan", "Plan", "SpanPlan", "plan"]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..modeling.connections import StreamResidual
+from ..modeling.spans import CHUNK
 
 aten = torch.ops.aten
 _ELEMENTWISE = {aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.pow, aten.exp, aten.exp2, aten.rsqrt}
@@ -69,7 +70,7 @@ def product_flops(part: nn.Module, expected: bool = False) -> int:
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Conv1d):
             total += 2 * module.weight.numel()
-        elif hasattr(module, "router"):
+        elif hasattr(module, "experts"):
             chosen = sum(weight[0].numel() for weight in module.experts.parameters())
             total += 2 * module.router.weight.numel()
             total += round(2 * experts_of_token(module.router, expected) * chosen)
@@ -91,6 +92,17 @@ def stream_flops(part: nn.Module | None) -> int:
     if isinstance(part, StreamResidual):
         total += 2 * num_streams**2 * hidden_size + 2 * num_streams * hidden_size  # mix, write
     return total
+
+
+def holding_flops(span: nn.Module, num_streams: int, num_tokens: int) -> int:
+    """FLOPs of the products with which a span spreads what it holds over `num_tokens` tokens of a call.
+
+    Only learned boundaries blend what was held with what is new; the others repeat it, which takes no product.
+    """
+    if getattr(span, "boundary", None) != "learned":
+        return 0
+    chunks, rest = divmod(num_tokens, CHUNK)
+    return 2 * num_streams * span.hidden_size * (chunks * CHUNK**2 + rest**2)
 
 
 def mixing_flops(name: str, part: nn.Module, num_past: int) -> int:

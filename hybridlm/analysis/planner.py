@@ -2,10 +2,12 @@
 
 Parameters are those of the model on the meta device, so they are exact by construction. State bytes come from each
 part's `state_spec`: what one row keeps after a number of tokens, free slots of a growing buffer not counted. FLOPs are
-defined in `flops.py`.
+defined in `flops.py`. What lies inside spans sees a part of the tokens: at most what a static cache has room for, and
+on average what the spans aim at. Training by the top k of whole documents keeps to the target and not to that bound.
 """
 
-import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,80 +16,40 @@ from torch import nn
 
 from ..modeling.configuration_hybridlm import HybridLMConfig
 from ..modeling.modeling_hybridlm import HybridLMForCausalLM
-from .flops import experts_of_token, mixing_flops, product_flops, stream_flops
+from ..modeling.precision import state_dtype
+from ..modeling.registry import span_places
+from ..modeling.spans import Span
+from .figures import Figures, LayerPlan, Plan, SpanPlan
+from .flops import experts_of_token, holding_flops, mixing_flops, product_flops, stream_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
-class Figures:
-    """The cost of a part of the model.
+class Reach:
+    """How many tokens come to a place inside spans.
 
     Attributes:
-        num_parameters: All parameters; a tied matrix counts once.
-        num_active_parameters: Those that one token passes through: of E experts the k chosen. Where a token may choose
-            none, the most.
-        state_bytes: What one row keeps between calls after `context` tokens.
-        step_flops: FLOPs of the token after those; where they depend on the data, at most.
-        prefill_flops: FLOPs of a forward over `context` tokens, logits of every token included; likewise at most.
-        expected_step_flops: FLOPs of that token when data-dependent choices are as frequent as they are meant to be.
-        expected_prefill_flops: The same of the forward.
+        spans: The spans around it, outermost first.
     """
 
-    num_parameters: int = 0
-    num_active_parameters: int = 0
-    state_bytes: int = 0
-    step_flops: int = 0
-    prefill_flops: int = 0
-    expected_step_flops: int = 0
-    expected_prefill_flops: int = 0
+    spans: tuple[Span, ...] = ()
 
-    def __add__(self, other: "Figures") -> "Figures":
-        return Figures(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
-
-
-@dataclass(frozen=True)
-class LayerPlan(Figures):
-    """The cost of one layer, and what stands in it."""
-
-    index: int = 0
-    recipe: str = ""
-    mixer: str | None = None
-    channel_mixer: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The cost of a model.
-
-    Attributes:
-        context: Tokens that the state and the FLOPs are for.
-        dtype: Name of the number format of weights and keys; recurrences stay float32.
-        layers: One entry a layer.
-        outer: Embeddings, head, final norm, and what makes one stream of several.
-        rollback_window: Tokens that `cache.crop` may take back; 0 without a record of the past.
-        rollback_bytes: Upper bound on what recording them adds for one row.
-    """
-
-    context: int
-    dtype: str
-    layers: tuple[LayerPlan, ...]
-    outer: Figures
-    rollback_window: int = 0
-    rollback_bytes: int = 0
+    def most(self, num_tokens: int) -> int:
+        """Of the first tokens of a document, those that come at most."""
+        for span in self.spans:
+            num_tokens = span.max_tokens(num_tokens)
+        return num_tokens
 
     @property
-    def total(self) -> Figures:
-        """All layers and what stands around them."""
-        return sum(self.layers, self.outer)
+    def share(self) -> float:
+        """Share of the tokens that is meant to come."""
+        return math.prod(span.expected_share() for span in self.spans)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able values."""
-        return {**dataclasses.asdict(self), "total": dataclasses.asdict(self.total)}
-
-
-def _values(figures: Figures) -> list[int]:
-    return [getattr(figures, field.name) for field in dataclasses.fields(Figures)]
+    def expected(self, num_tokens: int) -> int:
+        """Of the first tokens of a document, those that are meant to come."""
+        return min(round(self.share * num_tokens), self.most(num_tokens))
 
 
 def plan(config: HybridLMConfig, *, context: int = 4096, dtype: str = "bf16", rollback_window: int = 0) -> Plan:
@@ -109,49 +71,123 @@ def plan(config: HybridLMConfig, *, context: int = 4096, dtype: str = "bf16", ro
             raise ValueError(f"{name}={value} must be at least {least}")
     with torch.device("meta"):
         model = HybridLMForCausalLM(config)
+    kind, inside = DTYPES[dtype], _reaches(model)
+    names = [config.spans[entry]["name"] for entry, *_ in span_places(config)]
+    streams = num_streams(model)
     layers = tuple(
-        _plan_layer(index, recipe, config.layer_specs[recipe], layer, context, DTYPES[dtype])
-        for index, (recipe, layer) in enumerate(zip(config.layer_layout, model.model.layers, strict=True))
+        _plan_layer(index, recipe, config.layer_specs[recipe], layer, reach, context, kind)
+        for index, (recipe, layer, reach) in enumerate(
+            zip(config.layer_layout, model.model.layers, inside, strict=True)
+        )
+    )
+    spans = tuple(
+        _plan_span(name, span, _around(model.model.spans, span), streams, context, kind)
+        for name, span in zip(names, model.model.spans, strict=True)
     )
     rollback_bytes = 0
     if rollback_window:
         rollback_bytes = sum(
-            _rollback_bytes(part, config.hidden_size, context, rollback_window, DTYPES[dtype])
+            _rollback_bytes(part, config.hidden_size, context, rollback_window, kind)
             for layer in model.model.layers
             for part in (layer.mixer, layer.channel_mixer)
             if part is not None
         )
-    return Plan(context, dtype, layers, _plan_outer(model, layers, context), rollback_window, rollback_bytes)
+        rollback_bytes += sum(_span_rollback_bytes(span, streams, rollback_window, kind) for span in model.model.spans)
+    outer = _plan_outer(model, (*layers, *spans), context)
+    return Plan(context, dtype, layers, outer, rollback_window, rollback_bytes, spans)
+
+
+def num_streams(model: HybridLMForCausalLM) -> int:
+    """Residual streams between the embedding and the final norm."""
+    return getattr(model.model.residual_head, "num_streams", 1)
+
+
+def _around(spans: Sequence[Span], span: Span) -> Reach:
+    """The spans around a span."""
+    outer: tuple[Span, ...] = ()
+    while span.parent is not None:
+        span = spans[span.parent]
+        outer = (span, *outer)
+    return Reach(outer)
+
+
+def _reaches(model: HybridLMForCausalLM) -> list[Reach]:
+    """For every layer, the spans around it."""
+    spans, inside = model.model.spans, [Reach() for _ in model.model.layers]
+    for span in spans:  # the innermost comes last
+        reach = Reach((*_around(spans, span).spans, span))
+        inside[span.start : span.stop] = [reach] * (span.stop - span.start)
+    return inside
 
 
 def _plan_layer(
-    index: int, recipe: str, spec: dict[str, Any], layer: nn.Module, context: int, dtype: torch.dtype
+    index: int, recipe: str, spec: dict[str, Any], layer: nn.Module, reach: Reach, context: int, dtype: torch.dtype
 ) -> LayerPlan:
     names = [(spec.get(half) or {}).get("name") for half in ("mixer", "channel_mixer")]
     parts = [(name, part) for name, part in zip(names, (layer.mixer, layer.channel_mixer), strict=True) if part]
     num_parameters = sum(parameter.numel() for parameter in layer.parameters())
-    products, expected = (sum(product_flops(part, mean) for _, part in parts) for mean in (False, True))
     streams = stream_flops(layer.mixer_residual) + stream_flops(layer.channel_residual)
-    products, expected = products + streams, expected + streams
-    step = sum(mixing_flops(name, part, context) for name, part in parts)
-    prefill = sum(_prefill_mixing(name, part, context) for name, part in parts)
+    products, expected = (streams + sum(product_flops(part, mean) for _, part in parts) for mean in (False, True))
+    most, likely = reach.most(context), reach.expected(context)
+    step, likely_step = (
+        sum(mixing_flops(name, part, past) for name, part in parts) for past in (reach.most(context + 1) - 1, likely)
+    )
+    prefill, likely_prefill = (
+        sum(_prefill_mixing(name, part, tokens) for name, part in parts) for tokens in (most, likely)
+    )
     return LayerPlan(
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - _idle_parameters(layer),
-        state_bytes=sum(state_bytes(part, context, dtype) for _, part in parts),
+        state_bytes=sum(state_bytes(part, most, dtype) for _, part in parts),
         step_flops=products + step,
-        prefill_flops=products * context + prefill,
-        expected_step_flops=expected + step,
-        expected_prefill_flops=expected * context + prefill,
+        prefill_flops=products * most + prefill,
+        expected_state_bytes=sum(state_bytes(part, likely, dtype) for _, part in parts),
+        expected_step_flops=round(reach.share * (expected + likely_step)),
+        expected_prefill_flops=expected * likely + likely_prefill,
         index=index,
         recipe=recipe,
         mixer=names[0],
         channel_mixer=names[1],
+        max_tokens=most,
+        expected_tokens=likely,
+    )
+
+
+def _plan_span(name: str, span: Span, outer: Reach, streams: int, context: int, dtype: torch.dtype) -> SpanPlan:
+    """The choice is made, and what is held is read, for every token that comes to the span."""
+    inner = Reach((*outer.spans, span))
+    num_parameters = sum(parameter.numel() for parameter in span.parameters())
+    products = product_flops(span)
+    kept = _bytes(span.state_spec(streams, dtype))
+
+    def prefill(num_tokens: int) -> int:
+        return products * num_tokens + holding_flops(span, streams, num_tokens)
+
+    step = products + holding_flops(span, streams, 1)
+    return SpanPlan(
+        num_parameters=num_parameters,
+        num_active_parameters=num_parameters,
+        state_bytes=kept,
+        step_flops=step,
+        prefill_flops=prefill(outer.most(context)),
+        expected_state_bytes=kept,
+        expected_step_flops=round(outer.share * step),
+        expected_prefill_flops=prefill(outer.expected(context)),
+        index=span.number,
+        span=name,
+        start=span.start,
+        stop=span.stop,
+        parent=span.parent,
+        max_tokens=inner.most(context),
+        expected_tokens=inner.expected(context),
+        expected_share=span.expected_share(),
     )
 
 
 def _prefill_mixing(name: str, part: nn.Module, context: int) -> int:
     """The sum of `mixing_flops` over the tokens; it grows by equal steps until it stays constant."""
+    if context == 0:
+        return 0
     first, last = mixing_flops(name, part, 0), mixing_flops(name, part, context - 1)
     if last == first:
         return first * context
@@ -170,10 +206,13 @@ def _idle_parameters(layer: nn.Module) -> int:
     return idle
 
 
+def _bytes(spec: Spec) -> int:
+    return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in spec.values())
+
+
 def state_bytes(part: nn.Module, num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one row's state after a number of tokens."""
-    spec = part.state_spec(num_tokens, dtype)
-    return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in spec.values())
+    return _bytes(part.state_spec(num_tokens, dtype))
 
 
 def _rollback_bytes(part: nn.Module, hidden_size: int, context: int, window: int, dtype: torch.dtype) -> int:
@@ -188,7 +227,24 @@ def _rollback_bytes(part: nn.Module, hidden_size: int, context: int, window: int
     return 2 * state_bytes(part, context, dtype) + 4 * window * hidden_size * dtype.itemsize
 
 
-def _plan_outer(model: HybridLMForCausalLM, layers: tuple[LayerPlan, ...], context: int) -> Figures:
-    num_parameters = sum(p.numel() for p in model.parameters()) - sum(layer.num_parameters for layer in layers)
-    head = 2 * model.lm_head.weight.numel() + stream_flops(model.model.residual_head)
-    return Figures(num_parameters, num_parameters, 0, head, head * context, head, head * context)
+def _span_rollback_bytes(span: Span, streams: int, window: int, dtype: torch.dtype) -> int:
+    """The same for what a span keeps: its choice reads the streams, what it holds reads updates and a flag."""
+    values, total = streams * span.hidden_size, 2 * _bytes(span.state_spec(streams, dtype))
+    if span.choice_type is not None:
+        total += 4 * window * values * dtype.itemsize
+    if span.holds:
+        total += 4 * window * (1 + values) * state_dtype(dtype).itemsize
+    return total
+
+
+def _plan_outer(model: HybridLMForCausalLM, parts: tuple[Figures, ...], context: int) -> Figures:
+    num_parameters = sum(p.numel() for p in model.parameters()) - sum(part.num_parameters for part in parts)
+    step = 2 * model.lm_head.weight.numel() + stream_flops(model.model.residual_head)
+    return Figures(
+        num_parameters=num_parameters,
+        num_active_parameters=num_parameters,
+        step_flops=step,
+        prefill_flops=step * context,
+        expected_step_flops=step,
+        expected_prefill_flops=step * context,
+    )

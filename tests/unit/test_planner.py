@@ -17,7 +17,7 @@ from hybridlm.modeling.mixer_mamba2 import Mamba2Mixer
 from hybridlm.modeling.modeling_hybridlm import HybridLMForCausalLM
 from hybridlm.modeling.registry import CHANNEL_MIXERS, MIXERS, RESIDUALS
 
-TINY = [name for name in presets.preset_names() if name.startswith("tiny_")]
+TINY = [name for name in presets.preset_names() if name.startswith("tiny_") and not presets.load_config(name).spans]
 MIXER_OPTIONS = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "mamba2": {"head_dim": 8, "state_size": 16, "num_groups": 2},

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .callbacks import MetricsFile, SelectionBiasCallback, TrainingBar
+from .health import router_health
 from .parameter_groups import decayed_parameter_names
 
 METRICS_FILE = "metrics.jsonl"
@@ -71,8 +72,9 @@ class HybridTrainer(Trainer):
     """Train a causal language model on packed rows.
 
     Beyond `transformers.Trainer`: weight decay spares recurrences and embeddings, the routers' selection bias moves
-    once per optimizer step, records carry bits per byte and tokens per second and go to `metrics.jsonl`, the order of
-    rows can be named (`rows_seen`), and a checkpoint appears under its name only when it is complete.
+    once per optimizer step, records carry bits per byte, tokens per second and the routers' health and go to
+    `metrics.jsonl`, the order of rows can be named (`rows_seen`), and a checkpoint appears under its name only when it
+    is complete.
 
     Args:
         decay_embeddings: Whether weight decay applies to embeddings too.
@@ -158,7 +160,7 @@ class HybridTrainer(Trainer):
         return total.item() / (steps or len(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record `logs`, with bits per byte beside every loss and the speed since the last record."""
+        """Record `logs`, with bits per byte beside every loss, and speed and routers' health since the last record."""
         counts = getattr(self.train_dataset, "counts", None)
         for name, training in (("loss", True), ("eval_loss", False)):
             if name in logs:
@@ -172,6 +174,8 @@ class HybridTrainer(Trainer):
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens_since_log / (now - self._time_of_log)
             self._tokens_since_log, self._time_of_log = 0, now
+        if "loss" in logs:
+            logs |= router_health(self.model)
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from stacks import MIXERS, MOE, prompt
-from test_trainer import train
+from test_trainer import Rows, arguments, train
 from torch.nn.parallel import DistributedDataParallel
 
 from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm.training import HybridTrainer
 
 TRAINING = {"max_steps": 3, "optim": "sgd", "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}
 
@@ -32,12 +33,33 @@ def sparse_gradients(model, ids):
     return {name: p.grad for name, p in getattr(model, "module", model).named_parameters()}
 
 
+def balanced_run(folder, **options):
+    """Train experts with a selection bias by our Trainer; the biases of both layers, and the records.
+
+    In float64 and with weights that hardly move, so that no near tie between two experts decides.
+    """
+    experts = MOE | {"num_experts": 8, "top_k": 2, "scores": "sigmoid", "num_groups": 4, "top_k_groups": 2}
+    specs = {"a": {"mixer": MIXERS["mamba"], "channel_mixer": experts}}
+    torch.manual_seed(0)
+    config = HybridLMConfig(layer_specs=specs, num_hidden_layers=2, hidden_size=32, vocab_size=48)
+    model = HybridLMForCausalLM(config).double()
+    settings = {"max_steps": 4, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "logging_steps": 2}
+    args = arguments(folder, remove_unused_columns=False, **settings | options)
+    trainer = HybridTrainer(model=model, args=args, train_dataset=Rows(64))
+    trainer.train()
+    biases = torch.stack([moe.router.selection_bias for moe in model.model.moe_layers])
+    return biases, [record for record in trainer.state.log_history if "loss" in record]
+
+
 def main(folder):
-    """Train by the Trainer, then one step of plain DDP."""
+    """Train by the Trainer, balance experts by ours, then one step of plain DDP."""
     trainer = train(folder / "run", per_device_train_batch_size=2, ddp_backend="gloo", **TRAINING)
     assert trainer.args.world_size == 2
     weights = {name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items()}
     rank = dist.get_rank()
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    biases, records = balanced_run(folder / "balanced", ddp_backend="gloo", **options)
+    torch.save((biases, records), folder / f"balanced_{rank}.pt")
     model = DistributedDataParallel(sparse_model().train())
     gradients = sparse_gradients(model, prompt(2, 6)[rank : rank + 1])
     if rank == 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from child_data_parallel import TRAINING, sparse_gradients, sparse_model
+from child_data_parallel import TRAINING, balanced_run, sparse_gradients, sparse_model
 from safetensors.torch import load_file
 from stacks import prompt
 from test_trainer import train
@@ -59,6 +59,29 @@ def test_the_trainer_in_two_processes_is_the_trainer_in_one(two_processes, tmp_p
     assert together.keys() == alone.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+HEALTH = {"layer_0/expert_max_load", "layer_0/router_entropy", "layer_0/dead_experts"}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("rows", "accumulation", "checkpointing"), [(8, 1, False), (2, 4, False), (4, 2, True)])
+def test_the_selection_bias_moves_once_a_step_by_the_load_of_all(
+    two_processes, tmp_path, rows, accumulation, checkpointing
+):
+    options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    alone, records = balanced_run(tmp_path, gradient_checkpointing=checkpointing, **options)
+    steps = (alone.abs() / 1e-3).round()
+    torch.testing.assert_close(alone.abs(), 1e-3 * steps)  # a whole number of steps of the rate, at most one a step
+    assert steps.max() == 4
+    for rank in range(2):
+        biases, recorded = torch.load(two_processes / f"balanced_{rank}.pt")
+        assert torch.equal(biases, alone)
+        assert len(recorded) == len(records) == 2
+        for record, expected in zip(recorded, records, strict=True):
+            assert record.keys() >= HEALTH
+            for name in HEALTH:
+                assert record[name] == pytest.approx(expected[name], rel=1e-6), name
 
 
 def test_experts_that_no_token_reached_hold_nothing_up(two_processes):

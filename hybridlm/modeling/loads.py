@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ROW_BINS = 1000  # a share of a row is known to a thousandth; sums of a histogram add up over processes, rows do not
-_TOTALS = ("wished", "reached", "taken", "predicted", "hits", "correct", "num_rows", "row_shares")
+_TOTALS = ("wished", "reached", "taken", "judged", "predicted", "hits", "correct", "num_rows", "row_shares")
 NUM_COUNTS = len(_TOTALS) + ROW_BINS + 1
 
 
@@ -22,9 +22,10 @@ class SpanLoad:
         wished: Tokens that would have entered without the ceiling.
         reached: Tokens that came to the span: those that entered the span around it.
         taken: Tokens that entered.
-        predicted: Tokens of which a causal decision said that they enter.
+        judged: Tokens of which a causal decision was made that is only being learned.
+        predicted: Of those, the tokens of which it said that they enter.
         hits: Of those, the tokens that entered.
-        correct: Tokens of which it said the truth.
+        correct: Judged tokens of which it said the truth.
         num_rows: Rows with a token that came to the span.
         row_shares: Sum of their shares taken/reached.
         histogram: `[R]`, rows by their share, rounded.
@@ -33,6 +34,7 @@ class SpanLoad:
     wished: Tensor
     reached: Tensor
     taken: Tensor
+    judged: Tensor
     predicted: Tensor
     hits: Tensor
     correct: Tensor
@@ -59,8 +61,9 @@ def span_counts(record: Any, predicted: Tensor | None = None) -> Tensor:
     """
     reached = record.reached
     taken, wished = record.taken & reached, record.wished & reached
-    predicted = torch.zeros_like(taken) if predicted is None else predicted & reached
-    masks = (wished, reached, taken, predicted, predicted & taken, (predicted == taken) & reached)
+    judged = torch.zeros_like(reached) if predicted is None else reached
+    predicted = judged if predicted is None else predicted & judged
+    masks = (wished, reached, taken, judged, predicted, predicted & taken, (predicted == taken) & judged)
     totals = torch.stack([mask.sum() for mask in masks]).double()
     among = reached.sum(1).double()
     counted, shares = (among > 0).double(), taken.sum(1) / among.clamp(min=1)

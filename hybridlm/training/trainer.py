@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from .callbacks import MetricsFile, SelectionBiasCallback, TrainingBar
 from .health import router_health
 from .parameter_groups import decayed_parameter_names
+from .span_metrics import span_metrics
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -72,9 +73,9 @@ class HybridTrainer(Trainer):
     """Train a causal language model on packed rows.
 
     Beyond `transformers.Trainer`: weight decay spares recurrences and embeddings, the routers' selection bias moves
-    once per optimizer step, records carry bits per byte, tokens per second and the routers' health and go to
-    `metrics.jsonl`, the order of rows can be named (`rows_seen`), and a checkpoint appears under its name only when it
-    is complete.
+    once per optimizer step, records carry bits per byte, tokens per second, the routers' health and what spans
+    chose and go to `metrics.jsonl`, the order of rows can be named (`rows_seen`), and a checkpoint appears under its
+    name only when it is complete.
 
     Args:
         decay_embeddings: Whether weight decay applies to embeddings too.
@@ -160,7 +161,7 @@ class HybridTrainer(Trainer):
         return total.item() / (steps or len(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record `logs`, with bits per byte beside every loss, and speed and routers' health since the last record."""
+        """Record `logs`, with bits per byte beside every loss, and speed, routers and spans since the last record."""
         counts = getattr(self.train_dataset, "counts", None)
         for name, training in (("loss", True), ("eval_loss", False)):
             if name in logs:
@@ -175,7 +176,7 @@ class HybridTrainer(Trainer):
             logs["tokens_per_second"] = self._tokens_since_log / (now - self._time_of_log)
             self._tokens_since_log, self._time_of_log = 0, now
         if "loss" in logs:
-            logs |= router_health(self.model)
+            logs |= router_health(self.model) | span_metrics(self.model)
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -29,7 +29,7 @@ def mixers(name):
 
 def test_the_zoo_is_complete():
     promised = {"llama", "mistral", "mixtral", "mamba", "mamba2", "jamba", "jamba_3to1", "samba", "bamba"}
-    promised |= {"granite_4_like", "mode", "switch", "deepseek_moe", "mhc_jamba", "mod_llama", "mod_jamba"}
+    promised |= {"granite_4_like", "mode", "switch", "deepseek_moe", "mhc_jamba", "mod_llama", "mod_jamba", "everything"}
     assert set(FULL) == promised
     assert set(TINY) == {f"tiny_{name}" for name in FULL}
 

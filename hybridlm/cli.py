@@ -155,6 +155,25 @@ def export_checkpoint(src: Source, out: Target) -> None:
     typer.echo(f"wrote {out}")
 
 
+@app.command("upcycle")
+def upcycle_checkpoint(
+    src: Source,
+    out: Target,
+    experts: Annotated[int, typer.Option(help="Experts a layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts a token.")] = 2,
+    layers: Annotated[str, typer.Option(help="'every_other', 'all', or depths: '1,3,5'.")] = "every_other",
+    noise: Annotated[float, typer.Option(help="Noise on the copies, as a fraction of each weight's spread.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the new routers and the noise.")] = 0,
+) -> None:
+    """Turn the SwiGLU of some layers into experts that are its copies: the same logits, and room to learn."""
+    from .hub.upcycle import upcycle
+
+    depths = [depth.strip() for depth in layers.split(",")]
+    numbers = [int(depth) for depth in depths] if all(depth.isdigit() for depth in depths) else layers
+    upcycle(src, out, num_experts=experts, top_k=top_k, layers=numbers, noise=noise, seed=seed)
+    typer.echo(f"wrote {out}")
+
+
 @app.command()
 def doctor() -> None:
     """Say which versions are installed, and which backend each mixer would use and why."""

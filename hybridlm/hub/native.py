@@ -5,10 +5,6 @@ sharded. Import followed by export gives back the same tensor names, shapes, typ
 borders between shards may differ.
 """
 
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -21,18 +17,15 @@ from ..modeling.configuration_hybridlm import HybridLMConfig
 from ..modeling.modeling_hybridlm import HybridLMForCausalLM
 from ..modeling.registry import resolve_config
 from ..modeling.remote_code import auto_map, ship_code
+from .folders import copy_companions, read_config, whole_folder
 from .native_config import LEGACY_ROPE, differences, native_class, to_hybrid, to_native
 from .native_families import FAMILIES
 from .native_plan import EMBEDDING, export_plan, import_plan, native_embedding, spelled
 from .native_tables import Family, Options
-from .native_tensors import Checkpoint, read_json, write_shards
+from .native_tensors import Checkpoint, write_shards
 
 logger = logging.get_logger(__name__)
 
-COPIED = (
-    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("chat_template*", "additional_chat_templates", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
-)
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -56,7 +49,7 @@ def import_native(src: str | PathLike, out: str | PathLike, *, max_shard_bytes: 
             tensor. The text names the file.
     """
     src = Path(src)
-    raw = _read_config(src)
+    raw = read_config(src)
     family = _family(raw, src)
     try:
         arguments = to_hybrid(family, _native_config(family, raw))
@@ -65,12 +58,12 @@ def import_native(src: str | PathLike, out: str | PathLike, *, max_shard_bytes: 
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{src / 'config.json'}: {error}") from error
     record: Options = {"model_type": family.model_type, "config": raw}
-    with Checkpoint(src) as checkpoint, _whole_folder(src, out) as temporary:
+    with Checkpoint(src) as checkpoint, whole_folder(out) as temporary:
         outputs, narrow = import_plan(family, config, model, checkpoint)
         record |= {"dtype": spelled(checkpoint.dtype(native_embedding(family))), "narrow_dtypes": narrow}
         write_shards(temporary, outputs, max_shard_bytes)
         config.extra = {**config.extra, "native": record}
-        _copy_companions(src, temporary)
+        copy_companions(src, temporary)
         config.auto_map = auto_map()
         config.save_pretrained(temporary)
         ship_code(temporary, {})
@@ -105,7 +98,7 @@ def export_native(
             family has. Or a corrupt file or a missing, surplus or misshapen tensor: the text names the file.
     """
     src = Path(src)
-    raw = _read_config(src)
+    raw = read_config(src)
     if raw.get("model_type") != HybridLMConfig.model_type:
         raise ValueError(f"{src / 'config.json'}: model_type is {raw.get('model_type')!r}, expected 'hybridlm'")
     _check_architecture(raw, HybridLMForCausalLM.__name__, src)
@@ -118,25 +111,17 @@ def export_native(
         raise ValueError(f"{src / 'config.json'}: {error}") from error
     chosen, native = _equal_family(config, family)
     record = config.extra.get("native", {})
-    with Checkpoint(src) as checkpoint, _whole_folder(src, out) as temporary:
+    with Checkpoint(src) as checkpoint, whole_folder(out) as temporary:
         # widened as a whole since the import: the islands are no exception any more
         same = EMBEDDING in checkpoint.names() and spelled(checkpoint.dtype(EMBEDDING)) == record.get("dtype")
         narrow = record.get("narrow_dtypes", {}) if same else {}
         write_shards(temporary, export_plan(chosen, config, model, checkpoint, narrow), max_shard_bytes)
-        _copy_companions(src, temporary)
+        copy_companions(src, temporary)
         native.to_json_file(temporary / "config.json")
     return Path(out)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
-
-
-def _read_config(folder: Path) -> Options:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'}: missing")
-    return PreTrainedConfig._decode_special_floats(read_json(folder / "config.json"))
 
 
 def _family(raw: Options, src: Path) -> Family:
@@ -220,34 +205,3 @@ def _equal_family(config: HybridLMConfig, wanted: str | None) -> tuple[Family, P
         f"config does not equal {wanted}" if wanted else f"config equals no native family; the nearest is {nearest}"
     )
     raise ValueError(f"{opening}: {'; '.join(reasons[nearest])}")
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def _copy_companions(src: Path, out: Path) -> None:
-    """Copy the generation config, the tokenizer and the licence."""
-    for pattern in COPIED:
-        for path in src.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, out / path.name)
-            elif path.suffix != ".py":
-                shutil.copyfile(path, out / path.name)
-
-
-@contextmanager
-def _whole_folder(src: Path, out: str | PathLike) -> Iterator[Path]:
-    """A sibling of `out` to write into; it becomes `out` when all went well and is removed otherwise."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists and is not an empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    temporary.mkdir()
-    try:
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

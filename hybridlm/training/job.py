@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from hybridlm.analysis.span_rules import check_top_k
 from hybridlm.data import Documents, PackedRows, PackedStream, load_documents, load_tokenizer, pack_documents
 from hybridlm.data.documents import STDLIB, text_hash
 from hybridlm.data.tokenizer import BYTE_TOKENIZER
@@ -71,6 +72,8 @@ def run(
     _check_same_data(output_dir, documents, resume, args.should_save)
     set_seed(args.seed)
     model = build_model(run_file.model, tokenizer)
+    if run_file.evaluation.leaky_top_k:
+        check_top_k(model, "evaluation.leaky_top_k")
     evaluated = args.eval_strategy != "no"
     trainer = HybridTrainer(
         model=model,

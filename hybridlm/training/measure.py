@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from hybridlm.analysis.planner import plan
+from hybridlm.analysis.span_rules import bits_per_byte_by_rule
 from hybridlm.data import Documents, PackedRows, PackedStream
 from hybridlm.hub.cards import layer_rows
 from hybridlm.modeling.configuration_hybridlm import HybridLMConfig
@@ -109,7 +110,11 @@ def measure_heldout(
         asdict(evaluate_bits_per_byte(trainer.model, heldout, tokenizer, length, options.batch_tokens))
         for length in lengths
     ]
-    results: dict[str, Any] = {"heldout": scores, "evaluation_seconds": time.perf_counter() - started}
+    results: dict[str, Any] = {"heldout": scores}
+    if options.leaky_top_k and lengths:
+        rules = bits_per_byte_by_rule(trainer.model, heldout, tokenizer, lengths[0], options.batch_tokens)
+        results["heldout_by_rule"] = {rule: asdict(score) for rule, score in rules.items()}
+    results["evaluation_seconds"] = time.perf_counter() - started
     if options.ngram_orders:
         segments = seen_segments(data, trainer.rows_seen())
         results["bytes_seen"] = int(sum((segment < NUM_BYTES).sum() for segment in segments))

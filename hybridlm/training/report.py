@@ -18,6 +18,8 @@ def summarize(results: dict[str, Any]) -> str:
             f"held-out bits per byte at {score['length']} tokens: {score['bits_per_byte']:.4f} "
             f"({score['num_bytes']:,} bytes of {score['num_documents']} documents)"
         )
+    for rule, score in results.get("heldout_by_rule", {}).items():
+        lines.append(f"the same at {score['length']} tokens, rule {rule}: {score['bits_per_byte']:.4f}")
     for ngram in results.get("ngrams", []):
         lines.append(f"order-{ngram['order']} byte model on what training saw: {ngram['bits_per_byte']:.4f}")
     lines.append(f"saved in {results['folder']}")

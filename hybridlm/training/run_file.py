@@ -85,6 +85,8 @@ class EvaluationOptions:
         batch_tokens: Tokens in one forward pass.
         ngram_orders: Byte n-gram models to fit on the bytes that training saw and to measure beside the model.
         below_ngram_order: The run fails unless the model beats this order at the first length.
+        leaky_top_k: Measure mixture-of-depths spans at the first length by the top k too, beside their causal rule. It
+            sees later tokens, and is labelled a leak.
     """
 
     lengths: list[int] | None = None
@@ -92,6 +94,7 @@ class EvaluationOptions:
     batch_tokens: int = 8192
     ngram_orders: list[int] = field(default_factory=list)
     below_ngram_order: int | None = None
+    leaky_top_k: bool = False
 
 
 @dataclass

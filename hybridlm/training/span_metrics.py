@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.modeling.loads import ROW_BINS, SpanLoad
-from hybridlm.modeling.spans import Span
 
 
 @torch.no_grad()
@@ -25,10 +24,12 @@ def span_metrics(model: nn.Module) -> dict[str, float]:
         `_accuracy`, and `span_0/always_skip_accuracy` of never letting a token enter; a precision without a positive
         decision is left out. For each layer inside a span, `layer_3/token_share` of all tokens reached it.
     """
-    spans = [module for module in model.modules() if isinstance(module, Span) and module.load_record is not None]
+    spans = [module for module in model.modules() if hasattr(module, "expected_share")]  # remote code too
     found: dict[str, float] = {}
     entered: dict[int, float] = {}  # by span, share of all tokens
     for span in spans:  # a span comes after the one around it
+        if span.load_record is None:
+            continue
         load, span.load_record = SpanLoad.from_counts(span.load_record.cpu()), None
         if not load.reached:
             continue

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from hybridlm.data import build_byte_tokenizer, load_documents, pack_documents
 from hybridlm.modeling.losses import update_selection_bias
-from hybridlm.training import EpochSampler, build_model, parameter_groups, run, train
+from hybridlm.training import EpochSampler, build_model, parameter_groups, run, summarize, train
 from hybridlm.training.publish import save_hub_folder
 from hybridlm.training.run_file import ModelOptions
 
@@ -171,6 +171,19 @@ def test_checkpoints_and_published_folder_load_as_remote_code(corpus, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["parameters"] == results["parameters"]
 
 
+def test_the_leak_of_top_k_stands_beside_the_causal_rule_and_not_on_the_card(corpus, tmp_path):
+    config = MODEL | {"spans": [{"name": "mixture_of_depths", "start": 0, "capacity": 0.25}]}
+    evaluation = {"lengths": [32], "leaky_top_k": True}
+    content = run_content(corpus, tmp_path / "run", model={"config": config}, evaluation=evaluation)
+    results = run(content | {"training": content["training"] | {"max_steps": 2}})
+    rules = results["heldout_by_rule"]
+    assert list(rules) == ["causal", "top_k (leak)"]
+    assert rules["causal"] == results["heldout"][0]
+    assert rules["causal"]["bits_per_byte"] != rules["top_k (leak)"]["bits_per_byte"]
+    assert f"rule top_k (leak): {rules['top_k (leak)']['bits_per_byte']:.4f}" in summarize(results)
+    assert all("leak" not in path.read_text() for path in (tmp_path / "run" / "model").glob("*.[jm][sd]*"))
+
+
 def test_reload_check_notices_other_weights(corpus, tmp_path, monkeypatch):
     def save_other(model, tokenizer, folder):
         save_hub_folder(model, tokenizer, folder)
@@ -238,6 +251,7 @@ def test_evaluation_during_training_is_recorded_in_bits_per_byte(corpus, tmp_pat
         ({"data": {"path": "no/such/folder"}}, r"data\.path: 'no/such/folder' does not exist"),
         ({"data": {"length": 10_000_000}}, r"data\.length: 10000000 tokens are more than"),
         ({"evaluation": {"below_ngram_order": 2}}, r"evaluation\.below_ngram_order: 2 is not among"),
+        ({"evaluation": {"leaky_top_k": True}}, r"evaluation\.leaky_top_k: the model has no mixture_of_depths span"),
         ({"data": {"streaming": True}, "evaluation": {"lengths": [8]}}, r"evaluation\.max_bytes: must be given"),
     ],
 )

@@ -23,7 +23,7 @@ from .modeling.modeling_hybridlm import (
     HybridLMModel,
 )
 from .modeling.quantization import quantization_skip_modules
-from .modeling.registry import CHANNEL_MIXERS, MIXERS
+from .modeling.registry import CHANNEL_MIXERS, MIXERS, RESIDUALS, SPANS
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,8 @@ for _auto, _model in (
 __all__ = [
     "CHANNEL_MIXERS",
     "MIXERS",
+    "RESIDUALS",
+    "SPANS",
     "HybridCache",
     "HybridLMConfig",
     "HybridLMForCausalLM",

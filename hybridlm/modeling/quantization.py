@@ -8,7 +8,7 @@ its modules. Experts are fused parameters and no linear layers, so quantizers le
 import copy
 from typing import Any
 
-from .registry import HALVES
+from .registry import HALVES, SPANS, resolve_config, span_places
 
 HEADS = ("lm_head", "score", "qa_outputs")
 
@@ -29,12 +29,16 @@ def quantization_skip_modules(config: Any) -> list[str]:
     Example:
         >>> BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=quantization_skip_modules(config))
     """
-    names = []
+    names, config = [], copy.deepcopy(config)
+    resolve_config(config)
     for depth, recipe in enumerate(config.layer_layout):
         for half, registry in HALVES.items():
             spec = config.layer_specs[recipe].get(half)
             part = registry.get(spec["name"]) if spec else None
             names += [f"layers.{depth}.{half}.{name}" for name in getattr(part, "full_precision", ())]
+    for number, (entry, *_) in enumerate(span_places(config)):
+        part = SPANS[config.spans[entry]["name"]]
+        names += [f"spans.{number}.{name}" for name in getattr(part, "full_precision", ())]
     return [*names, *HEADS]
 
 

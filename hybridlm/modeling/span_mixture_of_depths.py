@@ -56,7 +56,7 @@ class MixtureOfDepths(Span):
     """
 
     float32_names = ("threshold_bias",)
-    full_precision = ("router", "predictor")
+    full_precision = ("router", "predictor.0", "predictor.2")
 
     def __init__(
         self,

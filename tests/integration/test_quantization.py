@@ -29,7 +29,11 @@ def config():
         "b": {"mixer": {"name": "attention", "num_heads": 4}, "channel_mixer": {"name": "swiglu"}},
         "c": {"mixer": {"name": "mamba2", "state_size": 16, "head_dim": 16}, "channel_mixer": {"name": "mlp"}},
     }
-    return HybridLMConfig(layer_specs=specs, num_hidden_layers=3, hidden_size=64, vocab_size=64, initializer_range=0.1)
+    every_token = {"boundary": "learned", "threshold": 2.0}
+    spans = [{"name": "mixture_of_depths", "start": 1, "rule": "predictor", "capacity": 1.0}]
+    spans += [{"name": "token_merging", "start": 2, **every_token}]
+    shape = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 64, "initializer_range": 0.1}
+    return HybridLMConfig(layer_specs=specs, spans=spans, **shape)
 
 
 LEFT_OUT = {
@@ -37,6 +41,8 @@ LEFT_OUT = {
     "model.layers.0.mixer.dt_proj",
     "model.layers.0.channel_mixer.shared_expert_gate",
     "model.layers.2.mixer.in_proj",
+    *(f"model.spans.0.{name}" for name in ("router", "predictor.0", "predictor.2")),
+    *(f"model.spans.1.{name}" for name in ("query_proj", "key_proj")),
     "lm_head",
 }
 
@@ -65,7 +71,7 @@ def test_quantized_loading_leaves_recurrences_routers_and_the_head_alone(folder,
     assert wanted.llm_int8_skip_modules is None  # the caller's object is not changed
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear):
-            quantized = type(model.get_submodule(name)) is not nn.Linear
+            quantized = type(model.get_submodule(name)) is not type(module)
             assert quantized is (name not in LEFT_OUT), name
     for name, tensor in plain.state_dict().items():
         module, _, leaf = name.rpartition(".")

@@ -163,7 +163,8 @@ class Router(Float32Islands):
         if self.routing == "expert_choice":
             raise NotImplementedError(
                 "routing='expert_choice' lets later tokens decide, so it cannot decode; the exact alternative is "
-                "routing='top_k' with selection_bias=True. An evaluation with use_cache=False runs and is not causal"
+                "routing='top_k' with selection_bias=True. With use_cache=False, here or in the config, an evaluation "
+                "runs; it is not causal"
             )
 
     @property

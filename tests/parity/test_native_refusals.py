@@ -288,6 +288,35 @@ def test_a_hybrid_of_our_own_becomes_jamba(tmp_path):
     assert (back.expert_layer_period, back.expert_layer_offset) == (4, 3)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing": "switch"}, "channel_mixer.routing is 'switch', mixtral has 'top_k'"),
+        ({"routing": "gshard"}, "channel_mixer.routing is 'gshard', mixtral has 'top_k'"),
+        ({"routing": "hash"}, "channel_mixer.routing is 'hash', mixtral has 'top_k'"),
+        ({"num_zero_experts": 1}, "channel_mixer.num_zero_experts is 1, mixtral has 0"),
+        ({"num_copy_experts": 2}, "channel_mixer.num_copy_experts is 2, mixtral has 0"),
+    ],
+)
+def test_export_refuses_experts_that_mixtral_has_not(tmp_path, options, message):
+    experts = {"name": "moe", "num_experts": 4, "intermediate_size": 40, "loss_scope": "batch"} | options
+    attention = {"name": "attention", "num_heads": 4, "position": {"name": "rope"}}
+    specs = {"a": {"mixer": attention, "channel_mixer": experts}}
+    config = HybridLMConfig(hidden_size=32, num_hidden_layers=2, layer_specs=specs)
+    HybridLMForCausalLM(config).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=message):
+        export_native(tmp_path / "ours", tmp_path / "back", family="mixtral")
+
+
+def test_what_matters_in_training_alone_is_left_out_of_an_export(tmp_path):
+    experts = {"name": "moe", "num_experts": 4, "intermediate_size": 40, "jitter": 0.1, "hash_seed": 3}
+    attention = {"name": "attention", "num_heads": 4, "position": {"name": "rope"}}
+    specs = {"a": {"mixer": attention, "channel_mixer": experts | {"second_expert": "always"}}}
+    config = HybridLMConfig(hidden_size=32, num_hidden_layers=2, layer_specs=specs)
+    HybridLMForCausalLM(config).save_pretrained(tmp_path / "ours")
+    export_native(tmp_path / "ours", tmp_path / "back", family="mixtral")
+
+
 def test_export_refuses_what_is_not_ours(folder, tmp_path):
     with pytest.raises(ValueError, match="model_type is 'llama', expected 'hybridlm'"):
         export_native(folder, tmp_path / "back")

@@ -102,6 +102,15 @@ def test_identical_experts_with_renormalised_gates_are_one_dense_network():
     torch.testing.assert_close(moe(hidden_states)[0], dense(hidden_states)[0], rtol=1e-12, atol=1e-12)
 
 
+def test_all_experts_at_once_are_a_softmax_over_them():
+    moe = build(top_k=EXPERTS).double()
+    hidden_states = torch.randn(1, 5, SIZE, dtype=torch.float64)
+    shares = (hidden_states @ moe.router.weight.T).softmax(-1)  # [1, 5, E]
+    gate, up = torch.einsum("btd,eid->btei", hidden_states, moe.experts.gate_up_proj).chunk(2, -1)
+    each = torch.einsum("btei,edi->bted", nn.functional.silu(gate) * up, moe.experts.down_proj)
+    torch.testing.assert_close(moe(hidden_states)[0], (shares[..., None] * each).sum(2), rtol=1e-12, atol=1e-12)
+
+
 def test_permuting_the_tokens_permutes_the_output(moe):
     moe, order = moe.double(), torch.randperm(9)
     hidden_states = torch.randn(1, 9, SIZE, dtype=torch.float64)

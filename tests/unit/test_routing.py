@@ -169,6 +169,25 @@ def test_every_routing_learns(options):
         assert moe.router.load_record[0].sum() > 0
 
 
+@pytest.mark.parametrize("options", [{}, *ROUTINGS.values(), *CHOICES.values()], ids=["top_k", *ROUTINGS, *CHOICES])
+def test_experts_inside_a_span_see_the_tokens_that_entered_it(options):
+    options = options | ({} if options.get("routing") in ("expert_choice", "hash") else {"load_balancing_coef": 0.1})
+    span = {"name": "mixture_of_depths", "start": 1, "capacity": 0.5}
+    model = small_model(layers=3, spans=[span], **options).train()
+    ids, mask = torch.randint(0, 20, (2, 12)), prefix_mask(12, 8, width=12).long()
+    outputs = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+    taken = outputs.span_taken[0] & mask.bool()
+    for depth, moe in enumerate(model.model.moe_layers):
+        reached = int((taken if depth == 1 else mask).sum())
+        if options.get("routing") != "expert_choice":
+            assert moe.router.tokens_per_expert.sum() == moe.top_k * reached
+        else:  # every expert takes as many
+            assert moe.router.tokens_per_expert.unique().numel() == 1
+        assert moe.router.load_counts().view(2, -1)[1].sum() == pytest.approx(reached, rel=1e-5)
+
+
 # --- choices without weights ------------------------------------------------------------------------------------------
 
 
@@ -308,10 +327,11 @@ def test_the_load_of_expert_choice_is_even():
     assert moe.router.tokens_per_expert.tolist() == [4] * EXPERTS
 
 
-def small_model(**options):
+def small_model(layers=2, spans=(), **options):
     moe = {"name": "moe", "num_experts": 4, "intermediate_size": 8} | options
     specs = {"a": {"mixer": {"name": "mamba2", "state_size": 4, "head_dim": 8}, "channel_mixer": moe}}
-    return HybridLMForCausalLM(HybridLMConfig(layer_specs=specs, num_hidden_layers=2, hidden_size=16, vocab_size=20))
+    sizes = {"num_hidden_layers": layers, "hidden_size": 16, "vocab_size": 20}
+    return HybridLMForCausalLM(HybridLMConfig(layer_specs=specs, spans=list(spans), **sizes))
 
 
 def test_expert_choice_trains_and_refuses_to_decode():

@@ -39,16 +39,28 @@ def balanced_run(folder, **options):
     In float64 and with weights that hardly move, so that no near tie between two experts decides.
     """
     experts = MOE | {"num_experts": 8, "top_k": 2, "scores": "sigmoid", "num_groups": 4, "top_k_groups": 2}
-    specs = {"a": {"mixer": MIXERS["mamba"], "channel_mixer": experts}}
+    model, records = _our_run(folder, experts, [], **options)
+    return torch.stack([moe.router.selection_bias for moe in model.model.moe_layers]), records
+
+
+def depths_run(folder, **options):
+    """The same with mixtures of depths instead of experts; the bias of the outer one, and the records."""
+    depths = {"name": "mixture_of_depths", "capacity": 0.4}
+    spans = [depths | {"start": 0, "stop": 2, "ceiling": 0.6}, depths | {"start": 1, "rule": "predictor"}]
+    model, records = _our_run(folder, None, spans, **options)
+    return model.model.spans[0].threshold_bias, records
+
+
+def _our_run(folder, channel_mixer, spans, **options):
+    specs = {"a": {"mixer": MIXERS["mamba"], "channel_mixer": channel_mixer}}
     torch.manual_seed(0)
-    config = HybridLMConfig(layer_specs=specs, num_hidden_layers=2, hidden_size=32, vocab_size=48)
+    config = HybridLMConfig(layer_specs=specs, num_hidden_layers=2, hidden_size=32, vocab_size=48, spans=spans)
     model = HybridLMForCausalLM(config).double()
     settings = {"max_steps": 4, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "logging_steps": 2}
     args = arguments(folder, remove_unused_columns=False, **settings | options)
     trainer = HybridTrainer(model=model, args=args, train_dataset=Rows(64))
     trainer.train()
-    biases = torch.stack([moe.router.selection_bias for moe in model.model.moe_layers])
-    return biases, [record for record in trainer.state.log_history if "loss" in record]
+    return model, [record for record in trainer.state.log_history if "loss" in record]
 
 
 def main(folder):
@@ -60,6 +72,7 @@ def main(folder):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     biases, records = balanced_run(folder / "balanced", ddp_backend="gloo", **options)
     torch.save((biases, records), folder / f"balanced_{rank}.pt")
+    torch.save(depths_run(folder / "depths", ddp_backend="gloo", **options), folder / f"depths_{rank}.pt")
     model = DistributedDataParallel(sparse_model().train())
     gradients = sparse_gradients(model, prompt(2, 6)[rank : rank + 1])
     if rank == 0:

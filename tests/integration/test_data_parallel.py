@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from child_data_parallel import TRAINING, balanced_run, sparse_gradients, sparse_model
+from child_data_parallel import TRAINING, balanced_run, depths_run, sparse_gradients, sparse_model
 from safetensors.torch import load_file
 from stacks import prompt
 from test_trainer import train
@@ -81,6 +81,20 @@ def test_the_selection_bias_moves_once_a_step_by_the_load_of_all(
         for record, expected in zip(recorded, records, strict=True):
             assert record.keys() >= HEALTH
             for name in HEALTH:
+                assert record[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_spans_tell_what_the_rows_of_all_processes_chose(two_processes, tmp_path):
+    bias, records = depths_run(tmp_path, per_device_train_batch_size=8)
+    assert bias != 0
+    told = {name for name in records[0] if name.startswith("span_")}
+    assert {"span_0/row_share_p95", "span_0/threshold_bias", "span_1/share", "span_1/predictor_accuracy"} <= told
+    for rank in range(2):
+        other_bias, recorded = torch.load(two_processes / f"depths_{rank}.pt")
+        torch.testing.assert_close(other_bias, bias)
+        assert len(recorded) == len(records) == 2
+        for record, expected in zip(recorded, records, strict=True):
+            for name in told:
                 assert record[name] == pytest.approx(expected[name], rel=1e-6), name
 
 

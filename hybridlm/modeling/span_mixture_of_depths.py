@@ -8,6 +8,8 @@ router reads normalised hidden states, so that its scores have one scale at ever
 causal rule in training and in use; DeepSeek's update by the sign alone let spans die.
 """
 
+from statistics import NormalDist
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -96,9 +98,9 @@ class MixtureOfDepths(Span):
         self.init_weights(0.02)
 
     def init_weights(self, std: float) -> None:
-        """Let the bias start at 0."""
+        """Let the bias start where scores of variance 1 meet the capacity."""
         if self.threshold_bias is not None:
-            init.zeros_(self.threshold_bias)
+            init.constant_(self.threshold_bias, NormalDist().inv_cdf(min(self.capacity, 0.9999)))
 
     def expected_share(self) -> float:
         """The capacity."""

@@ -379,10 +379,10 @@ class Held:
     values: Tensor
 
 
-def _unpack(packed: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
+def _unpack(packed: Tensor, sequence: SequenceInfo | None) -> tuple[Tensor, Tensor]:
     """What stays `[B, T]` and the updates `[B, T, N]`; tokens that `crop` took back have become pads since."""
     keep, updates = packed[..., 0], packed[..., 1:]
-    if sequence.token_mask is not None:
+    if sequence is not None and sequence.token_mask is not None:
         keep = keep.masked_fill(~sequence.token_mask, 1.0)
         updates = updates.masked_fill(~sequence.token_mask[..., None], 0.0)
     return keep, updates

@@ -1,7 +1,7 @@
 """The models that the contract tests of spans run on: every rule, and every span around every kind of layer."""
 
 from functools import lru_cache
-from itertools import cycle
+from itertools import cycle, product
 
 from variants import ATTENTION, CHANNEL_VARIANTS, MAMBA, MAMBA2, WINDOW, build, pairwise, small
 
@@ -10,12 +10,17 @@ from hybridlm.modeling.registry import RESIDUALS, SPANS
 from hybridlm.testing import Subject
 
 MOD = {"name": "mixture_of_depths", "capacity": 0.4}
+MERGING = {"name": "token_merging", "threshold": 0.2, "stride": 5, "loss_coef": 0.5}
 STACK = [(MAMBA, small("mlp")), (ATTENTION, CHANNEL_VARIANTS["moe-losses"]), (MAMBA2, None), (WINDOW, small("swiglu"))]
 MIDDLE = {"start": 1, "stop": 3}
 
 
 def mod(**options):
     return MOD | MIDDLE | options
+
+
+def merge(boundary, representative, **options):
+    return MERGING | MIDDLE | {"boundary": boundary, "representative": representative} | options
 
 
 SPAN_VARIANTS = {
@@ -28,10 +33,24 @@ SPAN_VARIANTS = {
     "mod-whole_stack": [mod(start=0, stop=4)],
     "mod-every_layer": [mod(start=0, stop=1, every=1)],
     "mod-nested": [mod(start=0, stop=4, capacity=0.7, rule="random"), mod(rule="random"), mod(start=2)],
+    **{
+        f"merge-{boundary}-{representative}": [merge(boundary, representative)]
+        for boundary, representative in product(("cosine", "learned", "stride"), ("first", "mean"))
+    },
+    "merge-ceiling": [merge("learned", "first", ceiling=0.5)],
+    "merge-whole_stack": [merge("learned", "mean", start=0, stop=4, threshold=0.0)],
+    "merge-around_depths": [merge("cosine", "mean", start=0, stop=4), mod(rule="random")],
+    "merge-inside_depths": [mod(start=0, stop=4, capacity=0.7, rule="random"), merge("learned", "mean", threshold=0.1)],
+    "merge-nested": [
+        merge("learned", "first", start=0, stop=4),
+        merge("stride", "mean", stride=2),
+        merge("cosine", "first", start=2),
+    ],
 }
 
 # the smallest entry of every registered span; one that is not named here runs with its defaults
-SMALL_SPANS = {name: {"name": name} for name in SPANS} | {"mixture_of_depths": MOD | {"rule": "random"}}
+SMALL_SPANS = {name: {"name": name} for name in SPANS}
+SMALL_SPANS |= {"mixture_of_depths": MOD | {"rule": "random"}, "token_merging": MERGING}
 SPAN_FACTORS = {
     "span": list(SPANS),
     "inside": [*MIXERS, "attention-window"],

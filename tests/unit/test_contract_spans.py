@@ -11,7 +11,7 @@ EXACT = 1e-9
 TOLERANCES = {"losses_add_up": 1e-6, "packed_losses_add_up": 1e-6}
 APART = {"compiled_decode", "long_input", "bf16_is_close"}
 EVERY = [name for name in CHECKS if name not in APART]
-THOROUGH = ["mod-nested"]
+THOROUGH = ["mod-nested", "merge-nested"]
 CHECKS_OF_A_RULE = [
     "chunked_continuation",
     "step_is_scan",
@@ -90,12 +90,14 @@ def test_dropping_any_part_of_the_state_moves_the_logits_by_a_hundredth_of_their
     assert min(influence.values()) >= 0.01, influence
 
 
-@pytest.mark.parametrize("variant", ["mod-threshold", "mod-ceiling", "mod-nested"])
+@pytest.mark.parametrize(
+    "variant", ["mod-threshold", "mod-ceiling", "mod-nested", "merge-learned-mean", "merge-nested"]
+)
 def test_a_compiled_decoding_step_gives_the_eager_logits(variant):
     holds("compiled_decode", span_subject(variant))
 
 
-@pytest.mark.parametrize("variant", ["mod-threshold", "mod-nested"])
+@pytest.mark.parametrize("variant", ["mod-threshold", "mod-nested", "merge-learned-mean", "merge-nested"])
 def test_spans_run_in_bfloat16_without_nan(variant):
     model = span_subject(variant).copy_of_model().to(torch.bfloat16)
     logits = model(span_subject(variant).input_ids).logits

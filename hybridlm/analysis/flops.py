@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..modeling.connections import StreamResidual
-from ..modeling.spans import CHUNK
+from ..modeling.hold import CHUNK
 
 aten = torch.ops.aten
 _ELEMENTWISE = {aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.pow, aten.exp, aten.exp2, aten.rsqrt}

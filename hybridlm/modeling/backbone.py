@@ -25,11 +25,11 @@ from .masks import SequenceInfo, compiling
 from .mixer_attention import AttentionMixer, AttentionProduct
 from .norms import build_norm
 from .outputs import HybridLMModelOutput, leave_compaction, leave_spans
+from .passage import Journal
 from .quantization import with_skip_list
 from .registry import SPANS, build_part, build_residual_head, resolve_config, span_places
 from .remote_code import auto_map, foreign_parts, ship_code
 from .router import Router
-from .spans import Journal
 from .stream import RowState, build_sequence, current_mask
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .masks import Compaction
+from .passage import Journal, Passage, SpanRecord, lift_all
 from .record import map_tensors
-from .spans import Journal, Passage, SpanRecord, lift_all
 
 
 @dataclass

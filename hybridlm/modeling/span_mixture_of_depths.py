@@ -16,9 +16,10 @@ from transformers import initialization as init
 
 from .loads import SpanLoad
 from .masks import SequenceInfo
+from .passage import Selection, SpanRecord
 from .precision import state_dtype
 from .router import check_name
-from .spans import Selection, Span, SpanRecord, ceil_share
+from .spans import Span, ceil_share
 
 RULES = ("threshold", "auxiliary_loss", "predictor", "random")
 WEIGHTS = ("sigmoid", "raw")

@@ -21,9 +21,10 @@ from transformers import initialization as init
 from .document_loss import spread_over_documents, sum_by_document
 from .loads import NUM_COUNTS
 from .masks import SequenceInfo
+from .passage import Selection, SpanRecord
 from .precision import state_dtype
 from .router import check_name
-from .spans import Selection, Span, SpanRecord
+from .spans import Span
 
 BOUNDARIES = ("cosine", "learned", "stride")
 REPRESENTATIVES = ("first", "mean")

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens around the span, T' tokens that enter, D hidden size, 
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,109 +18,13 @@ from torch import Tensor
 
 from .cache_entries import RecurrentEntry
 from .cache_layer import SpanCache
+from .hold import Held, hold_last, hold_mean
 from .loads import NUM_COUNTS, span_counts
 from .losses import document_mean_loss, label_tokens_per_document
 from .masks import Compaction, SequenceInfo, compiling
+from .passage import Passage, Selection, SpanRecord
 from .precision import Float32Islands, state_dtype
 from .stream import RowState, select_tokens
-
-CHUNK = 64
-
-
-@dataclass
-class Selection:
-    """What a span decides for the tokens of a call.
-
-    Attributes:
-        wished: `[B, T]`, True at tokens that would enter if there were no ceiling; False at pads.
-        scores: `[B, T]`, what the decision was made from; the loss is computed from it.
-        weight: `[B, T]`, factor w; `None` for 1.
-        inputs: like the stream, what enters at each token; `None` for the stream itself.
-        positions: `[B, T]`, position ids of what enters; `None` for those of the tokens.
-        retain: `[B, T]`, share of what was held before that an entering token keeps; `None` for 0.
-        sizes: `[B, T]`, number of tokens that what enters stands for, 0 elsewhere; `None` where it is not known yet.
-        taken: `[B, T]`, True at tokens that enter.
-    """
-
-    wished: Tensor
-    scores: Tensor
-    weight: Tensor | None = None
-    inputs: Tensor | None = None
-    positions: Tensor | None = None
-    retain: Tensor | None = None
-    sizes: Tensor | None = None
-    taken: Tensor | None = None
-
-
-@dataclass
-class Passage:
-    """How tokens entered a span in one call.
-
-    Attributes:
-        number: Number of the span in the model.
-        selection: What was decided.
-        compaction: The move of entering tokens to the front; `None` when they keep their places.
-        mask: `[B, T]`, True at tokens that could enter; `None` for all.
-        outer: The passage into the span around this one.
-        before: The stream around the span; kept only where hidden states are recorded.
-    """
-
-    number: int
-    selection: Selection
-    compaction: Compaction | None
-    mask: Tensor | None = None
-    outer: "Passage | None" = None
-    before: Tensor | None = None
-
-    def lift(self, values: Tensor, before: bool = False) -> Tensor:
-        """Bring `[B, T', ...]` back to the tokens around the span: 0, or the stream, where none entered."""
-        taken = self.selection.taken
-        lifted = values if self.compaction is None else self.compaction.restore(values)
-        fill = self.before if before else torch.zeros_like(lifted)
-        return torch.where(taken.reshape(*taken.shape, *[1] * (lifted.dim() - 2)), lifted, fill)
-
-
-@dataclass
-class Journal:
-    """What the spans and layers of one call did, in the order it happened.
-
-    Attributes:
-        complete: Whether something is recorded: then every layer runs, and passages keep the stream around them.
-        passages: One a span, also where its layers did not run.
-        layers: Depth of each layer that ran, and how its tokens came there.
-    """
-
-    complete: bool = False
-    passages: list[Passage] = field(default_factory=list)
-    layers: list[tuple[int, Passage | None]] = field(default_factory=list)
-
-
-@dataclass
-class SpanRecord:
-    """What one span did in a call, in the caller's layout.
-
-    Attributes:
-        number: Number of the span in the model.
-        scores: `[B, T]`, as in `Selection`.
-        taken: `[B, T]`, True at tokens that entered.
-        wished: `[B, T]`, True at tokens that would have entered without the ceiling.
-        reached: `[B, T]`, True at tokens that the span could choose from.
-        sizes: `[B, T]`, as in `Selection`.
-    """
-
-    number: int
-    scores: Tensor
-    taken: Tensor
-    wished: Tensor
-    reached: Tensor
-    sizes: Tensor | None = None
-
-
-def lift_all(passage: Passage | None, values: Tensor, before: bool = False) -> Tensor:
-    """Bring values of a layer inside nested spans back to the tokens of the model."""
-    while passage is not None:
-        values, passage = passage.lift(values, before), passage.outer
-    return values
 
 
 def under_ceiling(wished: Tensor, ceiling: float, sequence: SequenceInfo, rows: RowState) -> Tensor:
@@ -370,59 +274,6 @@ class Span(Float32Islands):
 def _unsqueeze(values: Tensor, like: Tensor) -> Tensor:
     """`[B, T]` with the trailing dimensions of `like`."""
     return values.reshape(*values.shape, *[1] * (like.dim() - 2))
-
-
-@dataclass
-class Held:
-    """What the last token that entered brought back: `values` `[B, n * D]`."""
-
-    values: Tensor
-
-
-def _unpack(packed: Tensor, sequence: SequenceInfo | None) -> tuple[Tensor, Tensor]:
-    """What stays `[B, T]` and the updates `[B, T, N]`; tokens that `crop` took back have become pads since."""
-    keep, updates = packed[..., 0], packed[..., 1:]
-    if sequence is not None and sequence.token_mask is not None:
-        keep = keep.masked_fill(~sequence.token_mask, 1.0)
-        updates = updates.masked_fill(~sequence.token_mask[..., None], 0.0)
-    return keep, updates
-
-
-def hold_last(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tuple[Tensor, Held]:
-    """Repeat the last update until the next one.
-
-    Args:
-        packed: `[B, T, 1 + N]`: 1 where the last update stays and 0 where it is replaced, and the updates.
-        state: Held before the call, or `None` for 0.
-        sequence: The call.
-
-    Returns:
-        What each token gets `[B, T, N]`, and what is held after the call.
-    """
-    keep, updates = _unpack(packed, sequence)
-    columns = torch.arange(packed.shape[1], device=packed.device)
-    last = torch.where(keep == 0, columns, -1).cummax(1).values  # [B, T]
-    held = updates.gather(1, last.clamp(min=0)[..., None].expand_as(updates))
-    before = torch.zeros_like(updates[:, 0]) if state is None else state.values
-    held = torch.where(last[..., None] < 0, before[:, None], held)
-    return held, Held(held[:, -1].clone())  # a view would keep all of a long call alive
-
-
-def hold_mean(packed: Tensor, state: Held | None, sequence: SequenceInfo) -> tuple[Tensor, Held]:
-    """As `hold_last`, where an update may replace a share only: held = keep * held + update."""
-    keep, updates = _unpack(packed, sequence)
-    held = torch.zeros_like(updates[:, 0]) if state is None else state.values
-    outputs = []
-    for start in range(0, packed.shape[1], CHUNK):
-        kept, new = keep[:, start : start + CHUNK], updates[:, start : start + CHUNK]
-        size = kept.shape[1]
-        below = torch.ones(size, size, dtype=torch.bool, device=packed.device).tril(-1)
-        # products of `keep` between two tokens, without logarithms: 0 is a common value
-        decay = torch.where(below, kept[:, :, None], 1.0).cumprod(1).tril()  # [B, later, earlier]
-        piece = decay @ new + kept.cumprod(1)[..., None] * held[:, None]
-        held = piece[:, -1]
-        outputs.append(piece)
-    return torch.cat(outputs, dim=1), Held(held)
 
 
 def span_losses(

@@ -11,10 +11,11 @@ from span_variants import STACK, mod
 from variants import ATTENTION, MAMBA, small
 from variants import build as build_in_training
 
+from hybridlm.modeling.hold import hold_last, hold_mean
 from hybridlm.modeling.losses import update_selection_bias
 from hybridlm.modeling.masks import SequenceInfo
 from hybridlm.modeling.span_mixture_of_depths import MixtureOfDepths, top_share
-from hybridlm.modeling.spans import hold_last, hold_mean, under_ceiling
+from hybridlm.modeling.spans import under_ceiling
 from hybridlm.modeling.stream import RowState, build_sequence, select_tokens
 
 IDS = torch.randint(0, 31, (3, 40), generator=torch.Generator().manual_seed(3))

@@ -28,8 +28,10 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from isoflop_arms import ARMS, DEFAULT_ARMS, QUICK, Settings  # noqa: E402
+from isoflop_count import flops_of_plain_step  # noqa: E402
 from isoflop_report import draw, sentences, summarize, table  # noqa: E402
-from isoflop_run import ARMS, DEFAULT_ARMS, QUICK, Settings, flops_of_plain_step, load_data, run, run_hash  # noqa: E402
+from isoflop_run import load_data, run, run_hash  # noqa: E402
 
 import hybridlm  # noqa: E402
 

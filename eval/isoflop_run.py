@@ -1,14 +1,8 @@
-"""One run of the isoFLOP comparison: the models that are compared, the data, training, and the count of FLOPs.
+"""One run of the isoFLOP comparison: the data, the training, the curve.
 
-Every arm is the same stack of attention and SwiGLU layers with one thing changed. Arms of one seed begin with the same
-weights wherever they have the same parameter, and read the same rows in the same order.
+Arms of one seed read the same rows in the same order.
 
-Counted are matrix products: by torch's FlopCounterMode (2 for each multiply-add), attention as the full square that
-eager attention computes, also where a kernel runs that the mode does not know. These stacks hold no scan. A step of
-training counts as three forward passes. In a batch the rows inside a span are padded to the longest; what those pads
-cost is in the count, and a second count leaves it out.
-
-Shapes: B batch, T tokens of a row, D hidden size.
+Shapes: B batch, T tokens of a row.
 """
 
 import copy
@@ -17,20 +11,18 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from isoflop_arms import ARMS, Settings, build_config, build_model
+from isoflop_count import BACKWARD, LayerWatch, counted, flops_of_plain_step
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
-from hybridlm.analysis.flops import product_flops
 from hybridlm.data import Framer, PackedRows, build_byte_tokenizer, load_documents, pack_documents
 from hybridlm.data.documents import text_hash
 from hybridlm.modeling.losses import update_selection_bias
@@ -38,140 +30,6 @@ from hybridlm.training.parameter_groups import parameter_groups
 from hybridlm.training.trainer import EpochSampler
 
 logger = logging.getLogger("isoflop")
-
-BACKWARD = 3  # a step of training in forward passes
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all runs of a comparison share.
-
-    Args:
-        hidden_size: Width D.
-        num_layers: Layers of the plain stack.
-        num_heads: Attention heads.
-        intermediate_size: Width of the feed-forward networks; of an expert, half of it.
-        initializer_range: Standard deviation of the initial weights.
-        embedding_multiplier: Factor on the embeddings; without one they are small beside what the layers add.
-        length: Tokens in a row, T.
-        batch_size: Rows in a step.
-        num_steps: Steps of the plain model; the FLOPs of these are what every arm may spend.
-        learning_rate: Constant after the warm-up.
-        warmup_steps: Steps in which it rises.
-        weight_decay: Of matrices.
-        num_evaluations: Times in `num_steps` that the held-out loss is read, evenly.
-        heldout_windows: Windows of T bytes that are scored.
-        count_every: Steps between two counts of an arm's FLOPs.
-    """
-
-    hidden_size: int = 64
-    num_layers: int = 4
-    num_heads: int = 2
-    intermediate_size: int = 192
-    initializer_range: float = 0.05
-    embedding_multiplier: float = 8.0
-    length: int = 128
-    batch_size: int = 4
-    num_steps: int = 2400
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    num_evaluations: int = 6
-    heldout_windows: int = 512
-    count_every: int = 5
-
-
-QUICK = Settings(
-    hidden_size=32, num_layers=4, num_heads=2, intermediate_size=64, length=64, batch_size=4, num_steps=20,
-    warmup_steps=4, num_evaluations=2, heldout_windows=8, count_every=2,
-)  # fmt: skip
-
-
-def _depth(capacity: float, rule: str) -> Callable[[Settings], list[dict[str, Any]]]:
-    span = {"name": "mixture_of_depths", "start": 1, "stop": 2, "every": 2, "capacity": capacity, "rule": rule}
-    return lambda settings: [dict(span)]
-
-
-def _merging(boundary: str) -> Callable[[Settings], list[dict[str, Any]]]:
-    def spans(settings: Settings) -> list[dict[str, Any]]:
-        quarter = settings.num_layers // 4
-        inside = {"start": quarter, "stop": settings.num_layers - quarter}
-        return [{"name": "token_merging", **inside, "boundary": boundary, "target_ratio": 2.0}]
-
-    return spans
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to build the stack.
-
-    Args:
-        about: What it is, in a few words.
-        spans: Makes the config's `spans`.
-        experts: Whether the feed-forward networks are mixtures of experts.
-        every_other: Whether only layers 0, 2, 4, ... are built: what is left when the spans of depth take nothing.
-    """
-
-    about: str
-    spans: Callable[[Settings], list[dict[str, Any]]] = field(default=lambda settings: [])
-    experts: bool = False
-    every_other: bool = False
-
-
-ARMS = {
-    "plain": Arm("attention and SwiGLU"),
-    "fewer": Arm("plain without the layers that depth routing wraps", every_other=True),
-    "random": Arm("random 12.5 % of tokens in every other layer", _depth(0.125, "random")),
-    "mod": Arm("mixture of depths, 12.5 % of tokens in every other layer", _depth(0.125, "threshold")),
-    "mod_half": Arm("mixture of depths, 50 % of tokens in every other layer", _depth(0.5, "threshold")),
-    "merge": Arm("token merging 2:1 around the middle layers, boundaries by cosine", _merging("cosine")),
-    "moe": Arm("8 experts of half the width, 2 a token", experts=True),
-    "moe_mod": Arm("moe and mod together", _depth(0.125, "threshold"), experts=True),
-    "mod_topk": Arm("mod trained by top-k, with a causal predictor", _depth(0.125, "predictor")),
-    "merge_learned": Arm("token merging 2:1 around the middle layers, learned boundaries", _merging("learned")),
-}
-DEFAULT_ARMS = [name for name in ARMS if name not in ("mod_topk", "merge_learned")]
-
-
-def build_config(arm: str, settings: Settings) -> HybridLMConfig:
-    """The config of an arm."""
-    chosen = ARMS[arm]
-    channel: dict[str, Any] = {"name": "swiglu", "intermediate_size": settings.intermediate_size}
-    if chosen.experts:
-        channel = {"name": "moe", "num_experts": 8, "top_k": 2, "load_balancing_coef": 0.01, "implementation": "loop"}
-        channel["intermediate_size"] = settings.intermediate_size // 2
-    mixer = {"name": "attention", "num_heads": settings.num_heads, "position": {"name": "rope"}, "qk_norm": True}
-    depth = settings.num_layers // 2 if chosen.every_other else settings.num_layers
-    return HybridLMConfig(
-        vocab_size=len(build_byte_tokenizer()),
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=depth,
-        layer_specs={"attn": {"mixer": mixer, "channel_mixer": channel}},
-        layer_layout=["attn"] * depth,
-        spans=chosen.spans(settings),
-        initializer_range=settings.initializer_range,
-        embedding_multiplier=settings.embedding_multiplier,
-        max_position_embeddings=settings.length,
-        use_cache=False,
-    )
-
-
-def build_model(arm: str, settings: Settings, seed: int) -> HybridLMForCausalLM:
-    """An arm's model; what it shares with the plain one begins as there."""
-    torch.manual_seed(seed)
-    plain = HybridLMForCausalLM(build_config("plain", settings))
-    if arm == "plain":
-        return plain
-    model = HybridLMForCausalLM(build_config(arm, settings))
-    kept = dict(enumerate(plain.model.layers))
-    if ARMS[arm].every_other:
-        kept = {index: plain.model.layers[2 * index] for index in range(settings.num_layers // 2)}
-    weights = {name: tensor for name, tensor in plain.state_dict().items() if ".layers." not in name}
-    for index, layer in kept.items():
-        weights |= {f"model.layers.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    own = model.state_dict()
-    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in own}, strict=False)
-    return model
 
 
 @cache
@@ -215,78 +73,6 @@ def heldout_bits(model: nn.Module, windows: Tensor, batch_size: int = 32) -> flo
     return nats / math.log(2) / windows[:, 1:].numel()
 
 
-def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-@contextmanager
-def counted(totals: list[int]) -> Iterator[None]:
-    """Append the FLOPs of the matrix products that are run inside."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: _cpu_attention}) as counter:
-        yield
-    totals.append(counter.get_total_flops())
-
-
-class LayerWatch:
-    """Count the tokens that reach each layer, and what pads among them cost.
-
-    Args:
-        model: The model whose layers are watched as long as this lives.
-    """
-
-    def __init__(self, model: HybridLMForCausalLM) -> None:
-        self.num_layers = len(model.model.layers)
-        self.pad_flops = 0
-        self._clear()
-        self.handles = [model.model.embed_tokens.register_forward_pre_hook(self._count_all)]
-        for index, layer in enumerate(model.model.layers):
-            self.handles.append(layer.register_forward_pre_hook(self._counter(index, layer), with_kwargs=True))
-
-    def _clear(self) -> None:
-        self.real, self.computed, self.num_tokens = [0] * self.num_layers, [0] * self.num_layers, 0
-
-    def _count_all(self, module: nn.Module, args: tuple) -> None:
-        self.num_tokens += args[0].numel()
-
-    def _counter(self, index: int, layer: nn.Module) -> Callable[..., None]:
-        products = sum(product_flops(part) for part in (layer.mixer, layer.channel_mixer))
-        square = 4 * layer.mixer.num_heads * layer.mixer.head_dim  # scores, and values times weights
-
-        def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            batch, longest = args[0].shape[:2]
-            mask = kwargs["sequence"].token_mask
-            lengths = [longest] * batch if mask is None else mask.sum(1).tolist()
-            real = sum(lengths)
-            self.computed[index] += batch * longest
-            self.real[index] += real
-            self.pad_flops += products * (batch * longest - real)
-            self.pad_flops += square * (batch * longest**2 - sum(length**2 for length in lengths))
-
-        return count
-
-    def shares(self) -> dict[str, list[float]]:
-        """Share of the tokens that each layer was given, without and with pads, since the last call of this."""
-        counts = {"real": self.real, "computed": self.computed}
-        total = max(self.num_tokens, 1)
-        shares = {name: [round(count / total, 4) for count in layers] for name, layers in counts.items()}
-        self._clear()
-        return shares
-
-    def close(self) -> None:
-        """Stop counting."""
-        for handle in self.handles:
-            handle.remove()
-
-
-def flops_of_plain_step(settings: Settings) -> int:
-    """FLOPs of one step of the plain model."""
-    model, totals = HybridLMForCausalLM(build_config("plain", settings)), []
-    with torch.no_grad(), counted(totals):
-        model(input_ids=torch.zeros(settings.batch_size, settings.length, dtype=torch.long))
-    return BACKWARD * totals[0]
-
-
 class Trainee:
     """A model in training, with its FLOPs.
 
@@ -306,7 +92,8 @@ class Trainee:
             fused=True,
         )
         self.num_steps, self.flops, self.unpadded_flops = 0, 0, 0
-        self._of_last_count = (0, 0)  # FLOPs of a step, all and without pads
+        self._of_last_count: tuple[int, int] | None = None  # FLOPs of a step, all and without pads
+        self.varies = bool(ARMS[arm].spans(settings))
         self.losses: list[float] = []
         self.watch = LayerWatch(self.model)
         torch.manual_seed(seed)
@@ -314,7 +101,7 @@ class Trainee:
     def step(self, batch: dict[str, Tensor]) -> None:
         """Take one step; every so often its FLOPs are counted, and stand for those of the steps after it."""
         totals: list[int] = []
-        if self.num_steps % self.settings.count_every == 0:
+        if self._of_last_count is None or (self.varies and self.num_steps % self.settings.count_every == 0):
             self.watch.pad_flops = 0
             with counted(totals):
                 output = self.model(**batch)
@@ -345,15 +132,17 @@ class Trainee:
             "flops": self.flops,
             "unpadded_flops": self.unpadded_flops,
             "heldout": round(bits, 5),
-            "training": round(float(np.mean(self.losses)) / math.log(2), 5),
+            "training": round(float(np.mean(self.losses)) / math.log(2), 5) if self.losses else None,
             "share": training,
             "heldout_share": self.watch.shares()["real"],
         }
         self.losses.clear()
         return point
 
-    def heldout_under_training_rule(self, windows: Tensor) -> float:
+    def heldout_under_training_rule(self, windows: Tensor) -> float | None:
         """The held-out loss under the rule of training; top-k looks ahead there, so that it measures a leak."""
+        if not self.varies:
+            return None
         self.watch.close()
         return round(heldout_bits(copy.deepcopy(self.model).train(), windows), 5)
 
@@ -382,8 +171,9 @@ def run(arm: str, settings: Settings, seed: int, max_seconds: float | None = Non
     torch.set_num_threads(1)
     rows, windows, _ = load_data(settings.length, settings.heldout_windows)
     budget = settings.num_steps * flops_of_plain_step(settings)
-    started, curve, evaluating = time.process_time(), [], 0.0
+    started, evaluating = time.process_time(), 0.0
     trainee = Trainee(arm, settings, seed)
+    curve = [trainee.evaluate(windows)]
     source = batches(rows, settings, seed)
     interval = max(1, settings.num_steps // settings.num_evaluations)
     while True:
@@ -402,7 +192,6 @@ def run(arm: str, settings: Settings, seed: int, max_seconds: float | None = Non
         if done:
             break
     num_tokens = trainee.num_steps * settings.batch_size * settings.length
-    has_rule = bool(ARMS[arm].spans(settings))
     return {
         "arm": arm,
         "seed": seed,
@@ -410,7 +199,7 @@ def run(arm: str, settings: Settings, seed: int, max_seconds: float | None = Non
         "parameters": trainee.model.num_parameters(),
         "flops_per_token": trainee.flops // num_tokens,
         "unpadded_flops_per_token": trainee.unpadded_flops // num_tokens,
-        "heldout_under_training_rule": trainee.heldout_under_training_rule(windows) if has_rule else None,
+        "heldout_under_training_rule": trainee.heldout_under_training_rule(windows),
         "process_seconds": round(time.process_time() - started, 1),
         "evaluation_seconds": round(evaluating, 1),
         "curve": curve,

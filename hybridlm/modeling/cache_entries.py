@@ -58,11 +58,12 @@ class KeyValueStore:
     @staticmethod
     def _length_after(most: int, sequence: SequenceInfo) -> int:
         """Slots of the longest row; inside a span rows take turns, and a slot a call would be many more than that."""
-        if sequence.passage is None or sequence.uniform_past is not None or sequence.num_past is None:
+        if sequence.passage is None or (sequence.lengths is None and sequence.uniform_past is not None):
             return most
         if "longest" not in sequence.memo:
+            past = 0 if sequence.num_past is None else sequence.num_past
             new = sequence.num_tokens if sequence.lengths is None else sequence.lengths
-            sequence.memo["longest"] = int((sequence.num_past + new).max())
+            sequence.memo["longest"] = max(int((past + new).max()), 1)  # a pad alone attends to its own slot
         return sequence.memo["longest"]
 
     def _append_static(self, keys: Tensor, values: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:

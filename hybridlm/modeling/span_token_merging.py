@@ -84,7 +84,7 @@ class TokenMerging(Span):
         representative: str | None = None,
         threshold: float | None = None,
         target_ratio: float = 2.0,
-        bias_update_rate: float = 0.1,
+        bias_update_rate: float = 0.3,
         loss_coef: float = 0.03,
         stride: int = 2,
         ceiling: float | None = None,

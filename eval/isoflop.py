@@ -1,6 +1,6 @@
 """Compare ways to spend computation at equal FLOPs: depth routing, token merging, experts, and less of the plain stack.
 
-    python eval/isoflop.py [--quick] [--jobs 2] [--out eval/results] [--arms plain,mod,...] [--seeds 3]
+    python eval/isoflop.py [--quick] [--jobs 2] [--out eval/results] [--arms plain,mod,...] [--seeds 3] [--steps N]
 
 Small byte models learn Python's standard library. One run a model and seed, with a constant learning rate after the
 warm-up, so that its curve can be read anywhere: at the FLOPs, and at the steps, of the plain model's whole run. Held
@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: eval/results; with --quick a folder must be given")
     parser.add_argument("--arms", help=f"separated by commas, out of {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, help="default 3")
+    parser.add_argument("--steps", type=int, help="steps of the plain model, whose FLOPs all arms spend")
     args = parser.parse_args(arguments)
     args.arms = args.arms.split(",") if args.arms else QUICK_ARMS if args.quick else DEFAULT_ARMS
     args.seeds = args.seeds or (1 if args.quick else 3)
     for arm in args.arms:
         if arm not in ARMS:
             parser.error(f"--arms: unknown {arm!r}, expected some of {list(ARMS)}")
+    if args.steps is not None and args.steps < QUICK.num_evaluations:
+        parser.error(f"--steps: {args.steps} is too few to read a curve from")
     if args.quick and args.out is None:
         parser.error("--quick: give --out, the results are no results")
     args.out = args.out or Path(__file__).parent / "results"
@@ -143,6 +146,7 @@ def main() -> int:
     args = parse()
     set_up_logging()
     settings = QUICK if args.quick else Settings()
+    settings = settings if args.steps is None else replace(settings, num_steps=args.steps)
     started = time.perf_counter()
     runs = run_all(args.arms, args.seeds, settings, args.jobs, args.out / "isoflop_runs")
     budget = settings.num_steps * flops_of_plain_step(settings)

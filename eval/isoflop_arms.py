@@ -93,7 +93,7 @@ class Arm:
 ARMS = {
     "plain": Arm("attention and SwiGLU"),
     "fewer": Arm("plain without the layers that depth routing wraps", every_other=True),
-    "random": Arm("random 12.5 % of tokens in every other layer", _depth(0.125, "random")),
+    "random": Arm("a random 12.5 % of places, the same in every row, in every other layer", _depth(0.125, "random")),
     "mod": Arm("mixture of depths, 12.5 % of tokens in every other layer", _depth(0.125, "threshold")),
     "mod_half": Arm("mixture of depths, 50 % of tokens in every other layer", _depth(0.5, "threshold")),
     "merge": Arm("token merging 2:1 around the middle layers, boundaries by cosine", _merging("cosine")),

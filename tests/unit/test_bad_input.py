@@ -89,6 +89,7 @@ WRONG_CHANNELS = [
     (MOE | {"shared_gate": True}, "layer_specs.a.channel_mixer.shared_gate=True needs num_shared_experts"),
 ]
 MOD = {"name": "mixture_of_depths"}
+MERGING = {"name": "token_merging", "start": 0}
 
 
 def spans(*entries):
@@ -119,6 +120,22 @@ WRONG_FIELDS = [
         spans(MOD | {"start": 0, "stop": 2}, MOD | {"start": 1, "stop": 3}),
         "spans.1: layers 1 to 2 cross spans.0, layers 0 to 1",
     ),
+    (spans(MERGING | {"boundary": "sharp"}), "spans.0.boundary: unknown 'sharp', expected one of"),
+    (spans(MERGING | {"representative": "last"}), "spans.0.representative: unknown 'last', expected one of"),
+    (spans(MERGING | {"threshold": "0.5"}), "spans.0.threshold: expected float | None, got '0.5' (str)"),
+    (spans(MERGING | {"threshold": -1}), "spans.0.threshold=-1 must be above -1"),
+    (spans(MERGING | {"target_ratio": 0.5}), "spans.0.target_ratio=0.5 must be at least 1"),
+    (spans(MERGING | {"target_ratio": 1, "boundary": "learned"}), "spans.0.target_ratio=1 must be above 1 with"),
+    (spans(MERGING | {"stride": 0}), "spans.0.stride=0 must be at least 1"),
+    (spans(MERGING | {"stride": 2.5}), "spans.0.stride: expected int, got 2.5 (float)"),
+    (spans(MERGING | {"bias_update_rate": 2.0}), "spans.0.bias_update_rate=2.0 must lie in [0, 1]"),
+    (spans(MERGING | {"loss_coef": -1.0}), "spans.0.loss_coef=-1.0 must not be negative"),
+    (spans(MERGING | {"ceiling": 0.4}), "spans.0.ceiling=0.4 must not be below 1 / target_ratio, 0.5"),
+    (
+        spans(MERGING | {"ceiling": 0.6, "boundary": "stride"}),
+        "spans.0.ceiling=0.6 must be null with boundary='stride'",
+    ),
+    (spans(MERGING | {"ceiling": 0.6, "representative": "mean"}), "spans.0.ceiling=0.6 must be null with representat"),
     ({"hidden_size": 0}, "hidden_size: 0, expected at least 1"),
     ({"vocab_size": 0}, "vocab_size: 0, expected at least 1"),
     ({"num_hidden_layers": 0}, "num_hidden_layers: 0, expected at least 1"),

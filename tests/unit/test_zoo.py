@@ -30,7 +30,7 @@ def mixers(name):
 def test_the_zoo_is_complete():
     promised = {"llama", "mistral", "mixtral", "mamba", "mamba2", "jamba", "jamba_3to1", "samba", "bamba"}
     promised |= {"granite_4_like", "mode", "switch", "deepseek_moe"}
-    promised |= {"mhc_jamba", "mod_llama", "mod_jamba", "everything"}
+    promised |= {"mhc_jamba", "mod_llama", "mod_jamba", "merge_llama", "merge_jamba", "everything"}
     assert set(FULL) == promised
     assert set(TINY) == {f"tiny_{name}" for name in FULL}
 

@@ -50,7 +50,7 @@ class HybridLMConfig(PreTrainedConfig):
         layer_specs: Recipe name to `{"mixer": part or None, "channel_mixer": part or None, "norm": optional}`; a part
             is `{"name": ..., options ...}`. The names are the keys of `hybridlm.modeling.registry`.
         layer_layout: Recipe name of every layer. By default the recipes take turns.
-        spans: Runs of layers that only some tokens pass through: `[{"name": ..., "start": first layer, "stop": the layer
+        spans: Runs of layers that only some tokens pass through: `[{"name": ..., "start": first layer, "stop": layer
             after the last, "every": distance of repetitions or None, options ...}]`, names as in `registry.SPANS`.
         norm: `{"name": "rms" | "layer", "eps": ..., "placement": "pre" | "post" | "sandwich", ...}`.
         residual: `{"name": "add", "multiplier": ..., "layer_scale": initial value or None, "dropout": ...}`, or another

@@ -228,6 +228,10 @@ class Compaction:
             return values[:, : self.num_tokens]
         return _gather(values, self.order)
 
+    def carry(self, values: Tensor) -> Tensor:
+        """`[B, T']` to `[B, T]`; a pad gets the value of the real token before it, or of the first."""
+        return _gather(values, self.inverse)
+
     def restore(self, values: Tensor, dim: int = 1) -> Tensor:
         """`[B, T', ...]` to `[B, T, ...]`, 0 at pads; `dim` is where the tokens are."""
         values = values.movedim(dim, 1)

@@ -113,7 +113,7 @@ def leave_compaction(output: HybridLMModelOutput, compaction: Compaction, attent
     """Bring what was recorded for compacted tokens into the caller's layout, 0 at pads."""
     output.last_hidden_state = compaction.restore(output.last_hidden_state)
     if output.segment_ids is not None:
-        output.segment_ids = compaction.restore(output.segment_ids)
+        output.segment_ids = compaction.carry(output.segment_ids)  # a pad inside a document does not end it
     for name in ("hidden_states", "router_logits"):
         if getattr(output, name, None):
             output[name] = tuple(compaction.restore(x) for x in getattr(output, name))

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from span_variants import span_subject
 from variants import hybrid_subject, mixer_subject
 
 from hybridlm import MIXERS
@@ -97,6 +98,13 @@ def test_any_use_of_a_recording_cache_is_exact_in_a_hybrid(events):
 @given(events=ANYTHING)
 def test_any_use_of_a_recording_cache_is_exact(variant, events):
     assert play(mixer_subject(variant), events, 2, "seq_idx", record=True) <= 1e-9
+
+
+@pytest.mark.parametrize("variant", ["mod-threshold", "mod-nested", "merge-around_depths", "merge-inside_depths"])
+@settings(max_examples=15)
+@given(events=ANYTHING)
+def test_any_use_of_a_recording_cache_is_exact_with_spans(variant, events):
+    assert play(span_subject(variant), events, 2, "seq_idx", record=True) <= 1e-9
 
 
 @settings(max_examples=25)

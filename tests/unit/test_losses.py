@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from variants import ATTENTION, CHANNEL_VARIANTS, build
 
 from hybridlm.modeling.channel_moe import MoE
 from hybridlm.modeling.losses import (
@@ -345,3 +346,20 @@ def test_one_update_reaches_routers_and_whatever_else_has_a_load():
     threshold.eval()
     update_selection_bias(threshold)
     torch.testing.assert_close(threshold.bias, torch.tensor(-0.0375))
+
+
+def test_pads_inside_a_packed_document_change_no_loss():
+    model = build([(ATTENTION, CHANNEL_VARIANTS["moe-losses"])])
+    ids = torch.randint(0, 31, (1, 12))
+    numbers = torch.tensor([[0] * 5 + [1] * 7])
+    labels = ids.clone()
+    labels[0, 8] = -100  # as it is behind a pad, from which nothing is predicted
+    expected = model(ids, seq_idx=numbers, labels=labels)
+
+    def with_pads(values, fill):
+        return torch.cat([values[:, :8], torch.full((1, 2), fill), values[:, 8:]], dim=1)
+
+    mask = with_pads(torch.ones_like(ids), 0)
+    padded = model(with_pads(ids, 0), mask, seq_idx=with_pads(numbers, 1), labels=with_pads(labels, -100))
+    torch.testing.assert_close(padded.aux_loss, expected.aux_loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(padded.loss, expected.loss, rtol=1e-6, atol=0)

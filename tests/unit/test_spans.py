@@ -71,10 +71,14 @@ def test_tokens_inside_keep_their_positions_and_see_only_each_other():
     model = build([(ATTENTION, small("mlp"))], spans=[mod(start=0, stop=1, rule="random")])
     taken = model(IDS, output_router_logits=True).span_taken[0][0]
     only = taken.nonzero()[:, 0]
-    dense = build([(ATTENTION, small("mlp"))], spans=[mod(start=0, stop=1, capacity=1.0, rule="random")])
-    dense.load_state_dict(model.state_dict())
-    alone = dense(IDS[:1, only], position_ids=only[None], attention_mask=torch.ones(1, len(only))).logits
-    close(model(IDS[:1]).logits[:, only], alone)
+    base, device = model.model, IDS.device
+    entering = base.embed_tokens(IDS[:1, only])
+    sequence, _, _ = build_sequence(1, len(only), device, RowState.fresh(1, device), position_ids=only[None])
+    changed = base.layers[0](entering, sequence=sequence) - entering
+    stream = base.embed_tokens(IDS[:1]).clone()
+    scores = model(IDS[:1], output_router_logits=True).span_scores[0]
+    stream[:, only] += scores.sigmoid()[:, only, None] * changed
+    close(model(IDS[:1]).logits, model.lm_head(base.norm(stream)))
 
 
 def test_the_router_learns_from_the_loss_only_at_tokens_that_enter():

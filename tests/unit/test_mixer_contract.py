@@ -14,7 +14,7 @@ from torch import nn
 from variants import CHANNEL_VARIANTS, MIXER_VARIANTS, SMALL
 
 from hybridlm import CHANNEL_MIXERS, MIXERS
-from hybridlm.modeling.registry import NORMS, RESIDUALS, options_of
+from hybridlm.modeling.registry import NORMS, RESIDUALS, SPANS, options_of
 from hybridlm.modeling.stream import RowState, build_sequence
 from hybridlm.testing import relative_error, scale_weights
 from hybridlm.testing.base import gradient_error
@@ -229,29 +229,40 @@ def test_initialisation_sets_every_parameter_after_an_empty_load(mixer):
     assert bool(torch.isfinite(mixer(draw(mixer, 1, 5))[0]).all())
 
 
+def with_ids(hidden):
+    """The call of `[B, T, D]` with a token id for each place, which hash routing reads."""
+    batch, length, _ = hidden.shape
+    sequence, _, _ = build_sequence(batch, length, hidden.device, RowState.fresh(batch, hidden.device))
+    sequence.token_ids = torch.arange(batch * length).view(batch, length)
+    return sequence
+
+
 def test_a_channel_mixer_is_its_reference_and_keeps_no_state(channel):
     hidden = draw(channel, BATCH, 7)
-    output, state = channel(hidden)
+    sequence = with_ids(hidden)
+    output, state = channel(hidden, None, sequence)
     assert state is None
     assert channel.state_spec(9, torch.float32) == {}
     assert channel.state_size(9) == 0
-    assert relative_error(output, channel.forward_reference(hidden)[0]) <= EXACT
+    assert relative_error(output, channel.forward_reference(hidden, None, sequence)[0]) <= EXACT
 
 
 def test_a_channel_mixer_looks_at_one_token_at_a_time(channel):
     hidden = draw(channel, BATCH, 7)
     edited = hidden.clone()
     edited[:, 3] = math.nan  # not even a number that is no number may leak
-    others = [0, 1, 2, 4, 5, 6]
-    assert relative_error(channel(edited)[0][:, others], channel(hidden)[0][:, others]) <= EXACT
+    others, sequence = [0, 1, 2, 4, 5, 6], with_ids(hidden)
+    expected = channel(hidden, None, sequence)[0][:, others]
+    assert relative_error(channel(edited, None, sequence)[0][:, others], expected) <= EXACT
 
 
 def test_a_channel_mixer_keeps_the_type(channel):
     channel = channel.float().bfloat16()
-    assert channel(draw(channel, 2, 5, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+    hidden = draw(channel, 2, 5, dtype=torch.bfloat16)
+    assert channel(hidden, None, with_ids(hidden))[0].dtype == torch.bfloat16
 
 
-TABLES = {"mixer": MIXERS, "channel_mixer": CHANNEL_MIXERS, "norm": NORMS, "residual": RESIDUALS}
+TABLES = {"mixer": MIXERS, "channel_mixer": CHANNEL_MIXERS, "norm": NORMS, "residual": RESIDUALS, "span": SPANS}
 PARTS = [pytest.param(part, id=f"{kind}-{name}") for kind, table in TABLES.items() for name, part in table.items()]
 
 

@@ -10,13 +10,45 @@ from transformers.cache_utils import CacheLayerMixin
 from .record import Stream
 
 
-class HybridCacheLayer(CacheLayerMixin):
+class EntryHolder:
+    """Something with entries under the names in `parts`; any may be `None`."""
+
+    parts: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> list[Any]:
+        """The entries that exist."""
+        return [entry for part in self.parts if (entry := getattr(self, part)) is not None]
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Live tensors, named `mixer.keys` and so on."""
+        return {
+            f"{part}.{name}": tensor
+            for part in self.parts
+            if (entry := getattr(self, part)) is not None
+            for name, tensor in entry.tensors().items()
+        }
+
+    def map(self, function: Any) -> None:
+        """Replace every tensor by `function(tensor)`."""
+        for entry in self.entries:
+            entry.map(function)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for entry in self.entries:
+            entry.reset()
+
+
+class HybridCacheLayer(EntryHolder, CacheLayerMixin):
     """The entries of one layer.
 
     Args:
         mixer: Entry of the mixer, or `None`.
         channel_mixer: Entry of the channel mixer, or `None`.
     """
+
+    parts = ("mixer", "channel_mixer")
 
     def __init__(self, mixer: Any = None, channel_mixer: Any = None) -> None:
         self.mixer, self.channel_mixer = mixer, channel_mixer
@@ -34,21 +66,6 @@ class HybridCacheLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}  # the copy of the cache claims the copies of its layers
-
-    @property
-    def entries(self) -> list[Any]:
-        """The entries that exist."""
-        return [entry for entry in (self.mixer, self.channel_mixer) if entry is not None]
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Live tensors, named `mixer.keys` and so on."""
-        halves = {"mixer": self.mixer, "channel_mixer": self.channel_mixer}
-        return {
-            f"{half}.{name}": tensor
-            for half, entry in halves.items()
-            if entry is not None
-            for name, tensor in entry.tensors().items()
-        }
 
     def _tensor(self, name: str) -> Tensor | None:
         return None if self.mixer is None else self.mixer.tensors().get(name)
@@ -82,16 +99,6 @@ class HybridCacheLayer(CacheLayerMixin):
         """Length and offset of the columns a query may see."""
         return self.cache.num_columns + query_length, 0
 
-    def map(self, function: Any) -> None:
-        """Replace every tensor by `function(tensor)`."""
-        for entry in self.entries:
-            entry.map(function)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        for entry in self.entries:
-            entry.reset()
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the rows."""
         self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -117,7 +124,7 @@ class HybridCacheLayer(CacheLayerMixin):
         self.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
-class SpanCache:
+class SpanCache(EntryHolder):
     """What a span keeps between calls.
 
     Args:
@@ -127,6 +134,8 @@ class SpanCache:
         held: Entry of the inner output that later tokens read, or `None`.
         max_length: Tokens for which a static cache has room inside the span.
     """
+
+    parts = ("choice", "held")
 
     def __init__(
         self,
@@ -140,28 +149,3 @@ class SpanCache:
         self.choice, self.held = choice, held
         self.stream = Stream(is_static=max_length is not None)  # of the tokens that entered
         self.device = torch.device("cpu")
-
-    @property
-    def entries(self) -> list[Any]:
-        """The entries that exist."""
-        return [entry for entry in (self.choice, self.held) if entry is not None]
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Live tensors, named `choice.sum` and so on."""
-        parts = {"choice": self.choice, "held": self.held}
-        return {
-            f"{part}.{name}": tensor
-            for part, entry in parts.items()
-            if entry is not None
-            for name, tensor in entry.tensors().items()
-        }
-
-    def map(self, function: Any) -> None:
-        """Replace every tensor by `function(tensor)`; those of the rows are left to `stream.map`."""
-        for entry in self.entries:
-            entry.map(function)
-
-    def reset(self) -> None:
-        """Forget everything but the rows."""
-        for entry in self.entries:
-            entry.reset()

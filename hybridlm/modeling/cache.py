@@ -171,6 +171,13 @@ class HybridCache(Cache):
         Raises:
             ValueError: A row does not fit into a static cache.
         """
+        if self.is_static and sequence.doc_start is not None and not compiling():
+            for number, span in enumerate(self.spans):
+                if span.max_length < self.max_length:  # the bound of one document; those of many may add up to more
+                    raise ValueError(
+                        f"past_key_values: a static cache has room for one document a row inside span {number} "
+                        f"({span.max_length} of {self.max_length} tokens); use the default cache for packed rows"
+                    )
         if self.is_static and not compiling() and self.num_columns + sequence.num_tokens > self.max_length:
             new = sequence.num_tokens if sequence.lengths is None else sequence.lengths
             longest = int((new + (sequence.index[:, 0] if sequence.num_past is None else sequence.num_past)).max())

@@ -190,7 +190,6 @@ class Span(Float32Islands):
         if compiling() or self.training or journal.complete or bool(selection.taken.any()):
             entering = entering if compaction is None else compaction.apply(entering)
             if entry is not None:
-                self._check_room(cache, inside)
                 entry.stream.plan(inside, cache.record_window)
             delta = inner(entering, inside).to(device) - entering
             if entry is not None:
@@ -254,21 +253,6 @@ class Span(Float32Islands):
         hold = hold_last if selection.retain is None else hold_mean
         held = hold(packed, None, sequence)[0] if entry is None else entry.held.run(hold, packed, sequence)
         return held.to(stream.dtype).view_as(stream)
-
-    def _check_room(self, cache: Any, inside: SequenceInfo) -> None:
-        """Refuse what a static cache has no slots for: many documents in one row."""
-        if not cache.is_static or compiling() or inside.num_past is None:
-            return
-        most = cache.spans[self.number].max_length
-        if most is None or int(inside.num_past.max()) + inside.num_tokens <= most:
-            return
-        lengths = inside.num_tokens if inside.lengths is None else inside.lengths
-        longest = int((inside.num_past + lengths).max())
-        if longest > most:
-            raise ValueError(
-                f"past_key_values: {longest} tokens enter span {self.number}, a static cache of max_length="
-                f"{cache.max_length} holds {most}: its bound is that of one document a row; use the default cache"
-            )
 
 
 def _unsqueeze(values: Tensor, like: Tensor) -> Tensor:

@@ -194,15 +194,15 @@ def test_top_k_training_stores_at_most_the_capacity():
     assert lengths == [50]
 
 
-def test_a_static_cache_that_many_documents_overflow_says_so():
+def test_a_static_cache_with_a_ceiling_refuses_packed_rows_and_changes_nothing():
     spans = [mod(start=1, stop=2, rule="random", capacity=0.2, ceiling=0.2)]
     model = build([(MAMBA, None), (ATTENTION, None)], spans=spans)
-    model.model.spans[0].capacity = 1.0
     cache = model.new_cache(static=True, max_length=20)
-    documents = torch.arange(10)[None]  # each may have one token inside
-    model(IDS[:1, :5], past_key_values=cache, seq_idx=documents[:, :5].clone().zero_())
-    with pytest.raises(ValueError, match=r"tokens enter span 0, a static cache of max_length=20 holds 4"):
-        model(IDS[:1, :10], past_key_values=cache, seq_idx=documents + 1)
+    model(IDS[:1, :5], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"one document a row inside span 0 \(4 of 20 tokens\)"):
+        model(IDS[:1, 5:10], past_key_values=cache, seq_idx=torch.arange(5)[None])
+    assert cache.num_columns == 5
+    close(model(IDS[:1, 5:10], past_key_values=cache).logits, model(IDS[:1, :10]).logits[:, 5:])
 
 
 # nobody enters ----------------------------------------------------------------------------------------------------

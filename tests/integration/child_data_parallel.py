@@ -20,11 +20,15 @@ TRAINING = {"max_steps": 3, "optim": "sgd", "max_grad_norm": 0.0, "gradient_accu
 
 
 def sparse_model():
-    """More experts than two rows of tokens can reach."""
+    """More experts than two rows of tokens can reach, and a layer that no token enters."""
     experts = MOE | {"num_experts": 64, "top_k": 1, "selection_bias": False, "num_shared_experts": 0}
     specs = {"a": {"mixer": MIXERS["mamba"], "channel_mixer": experts}}
     torch.manual_seed(0)
-    return HybridLMForCausalLM(HybridLMConfig(layer_specs=specs, num_hidden_layers=1, hidden_size=32, vocab_size=48))
+    spans = [{"name": "mixture_of_depths", "start": 1}]
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 48}
+    model = HybridLMForCausalLM(HybridLMConfig(layer_specs=specs, spans=spans, **shape))
+    model.model.spans[0].threshold_bias.fill_(-1e9)
+    return model
 
 
 def sparse_gradients(model, ids):

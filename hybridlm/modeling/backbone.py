@@ -337,6 +337,9 @@ class HybridLMModel(HybridLMPreTrainedModel):
             leave_spans(output, journal, *depths, with_records=self.training or "output_router_logits" in wanted)
         if compaction is not None:
             leave_compaction(output, compaction, attention_mask)
+        if self.training:
+            for span, record in zip(self.spans, output.span_records or (), strict=True):
+                span.add_load(record)
         output.token_mask = real
         return output
 

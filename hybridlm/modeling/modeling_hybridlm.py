@@ -127,14 +127,12 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
         return [masks.get(depth) for depth in self.model.moe_depths]
 
     def _count_loads(self, outputs: HybridLMModelOutput, input_ids: Tensor | None) -> None:
-        """Count what routers and spans chose, for their biases and metrics."""
+        """Count what routers chose, for their biases and metrics."""
         layers = self.model.moe_layers
         if layers:
             masks = self._layer_masks(outputs)
             seen = {"layer_masks": masks, "token_ids": input_ids}
             count_expert_load(layers, outputs.router_logits, outputs.token_mask, **seen)
-        for span, record in zip(self.model.spans, outputs.span_records or (), strict=False):
-            span.add_load(record)
 
     def _losses(
         self, logits: Tensor, labels: Tensor | None, outputs: HybridLMModelOutput, **kwargs: Any

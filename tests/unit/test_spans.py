@@ -11,6 +11,7 @@ from span_variants import STACK, mod
 from variants import ATTENTION, MAMBA, small
 from variants import build as build_in_training
 
+from hybridlm import HybridLMForTokenClassification
 from hybridlm.modeling.hold import hold_last, hold_mean
 from hybridlm.modeling.losses import update_selection_bias
 from hybridlm.modeling.masks import SequenceInfo
@@ -316,3 +317,13 @@ def test_holding_is_the_recurrence_token_by_token():
 @pytest.mark.parametrize("option", ["capacity", "ceiling"])
 def test_a_whole_number_of_one_is_a_share(option):
     assert MixtureOfDepths(8, **{"capacity": 1, option: 1}).max_tokens(10) == 10
+
+
+def test_the_bias_moves_under_any_head():
+    causal = build(STACK, spans=[mod()])
+    model = HybridLMForTokenClassification(causal.config).double().train()
+    model(IDS, labels=IDS % 2).loss.backward()
+    span = model.model.spans[0]
+    before = span.threshold_bias.clone()
+    update_selection_bias(model)
+    assert span.threshold_bias != before

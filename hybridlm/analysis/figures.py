@@ -15,8 +15,8 @@ class Figures:
 
     Attributes:
         num_parameters: All parameters; a tied matrix counts once.
-        num_active_parameters: Those that one token passes through: of E experts the k chosen. Where a token may choose
-            none, or no span, the most.
+        num_active_parameters: Those that a token passes through which enters every span: of E experts the k chosen,
+            where it may choose none the most.
         state_bytes: What one row keeps between calls after `context` tokens of one document; where it depends on the
             data, at most.
         step_flops: FLOPs of the token after those, likewise at most.
@@ -24,6 +24,7 @@ class Figures:
         expected_state_bytes: Bytes when data-dependent choices are as frequent as they are meant to be.
         expected_step_flops: The same for the token after them, on average.
         expected_prefill_flops: The same for the forward.
+        expected_active_parameters: Parameters that a token passes through on average, likewise.
     """
 
     num_parameters: int = 0
@@ -34,6 +35,7 @@ class Figures:
     expected_state_bytes: int = 0
     expected_step_flops: int = 0
     expected_prefill_flops: int = 0
+    expected_active_parameters: int = 0
 
     def __add__(self, other: "Figures") -> "Figures":
         names = [field.name for field in dataclasses.fields(Figures)]

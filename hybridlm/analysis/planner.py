@@ -144,6 +144,7 @@ def _plan_layer(
         expected_state_bytes=sum(state_bytes(part, likely, dtype) for _, part in parts),
         expected_step_flops=round(reach.share * (expected + likely_step)),
         expected_prefill_flops=expected * likely + likely_prefill,
+        expected_active_parameters=round(reach.share * (num_parameters - _idle_parameters(layer, expected=True))),
         index=index,
         recipe=recipe,
         mixer=names[0],
@@ -173,6 +174,7 @@ def _plan_span(name: str, span: Span, outer: Reach, streams: int, context: int, 
         expected_state_bytes=kept,
         expected_step_flops=round(outer.share * step),
         expected_prefill_flops=prefill(outer.expected(context)),
+        expected_active_parameters=round(outer.share * num_parameters),
         index=span.number,
         span=name,
         start=span.start,
@@ -196,13 +198,13 @@ def _prefill_mixing(name: str, part: nn.Module, context: int) -> int:
     return first * rising + step * rising * (rising - 1) // 2 + last * (context - rising)
 
 
-def _idle_parameters(layer: nn.Module) -> int:
-    """Parameters of the experts that a token is not sent to."""
+def _idle_parameters(layer: nn.Module, expected: bool = False) -> int:
+    """Parameters of the experts that a token is not sent to: at least, or on average."""
     idle = 0
     for module in layer.modules():
         if hasattr(module, "router"):
             size = sum(weight[0].numel() for weight in module.experts.parameters())
-            idle += round(size * (module.router.num_experts - experts_of_token(module.router)))
+            idle += round(size * (module.router.num_experts - experts_of_token(module.router, expected)))
     return idle
 
 
@@ -247,4 +249,5 @@ def _plan_outer(model: HybridLMForCausalLM, parts: tuple[Figures, ...], context:
         prefill_flops=step * context,
         expected_step_flops=step,
         expected_prefill_flops=step * context,
+        expected_active_parameters=num_parameters,
     )

@@ -267,3 +267,16 @@ def test_describe_has_a_row_a_span(tmp_path):
     assert f"expected are {planned.total.expected_state_bytes:,}" in output
     answer = json.loads(CliRunner().invoke(app, ["describe", str(path), "--context", "64", "--json"]).stdout)
     assert [span["expected_share"] for span in answer["spans"]] == [0.6, 0.5, 0.125]
+
+
+@pytest.mark.parametrize("name", ["random", "nested"])
+def test_expected_active_parameters_are_the_layers_weighed_by_who_comes(name):
+    planned = plan(config_of(SPANS[name]), context=50)
+    shares = {"random": [0.5, 0.5, 0.5, 1, 1], "nested": [0.6, 0.3, 0.3 * 0.125, 0.3, 0.6]}[name]
+    came = {"random": [1], "nested": [1, 0.6, 0.3]}[name]
+    expected = planned.outer.num_parameters
+    expected += sum(share * layer.num_parameters for share, layer in zip(shares, planned.layers, strict=True))
+    expected += sum(share * span.num_parameters for share, span in zip(came, planned.spans, strict=True))
+    assert planned.total.expected_active_parameters == pytest.approx(expected, abs=len(planned.layers))
+    dense = plan(config_of([]), context=50).total
+    assert dense.expected_active_parameters == dense.num_active_parameters == dense.num_parameters

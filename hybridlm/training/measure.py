@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from hybridlm.analysis.planner import plan
 from hybridlm.analysis.span_rules import bits_per_byte_by_rule
 from hybridlm.data import Documents, PackedRows, PackedStream
-from hybridlm.hub.cards import layer_rows
+from hybridlm.hub.cards import layer_rows, residual_of, span_rows
 from hybridlm.modeling.configuration_hybridlm import HybridLMConfig
 
 from .bits_per_byte import evaluate_bits_per_byte
@@ -47,12 +47,18 @@ def describe_run(
     """Everything about a run that is known when training ends."""
     args: TrainingArguments = trainer.args
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    device = args.device.type if args.device.type != "cpu" else f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    device = args.device.type if args.device.type != "cpu" else f"{threads} CPU thread{'s' * (threads != 1)}"
+    config = trainer.model.config
+    active, expected_active = _active_parameters(config)
     return {
         "name": run_file.publish.name,
         "parameters": trainer.model.num_parameters(),
-        "active_parameters": _active_parameters(trainer.model.config),
-        "layers": layer_rows(trainer.model.config),
+        "active_parameters": active,
+        "expected_active_parameters": expected_active,
+        "layers": layer_rows(config),
+        "spans": span_rows(config, run_file.data.length),
+        "residual": residual_of(config),
         "data": {
             "path": Path(run_file.data.path).name if Path(run_file.data.path).exists() else run_file.data.path,
             "length": run_file.data.length,
@@ -79,11 +85,12 @@ def describe_run(
     }
 
 
-def _active_parameters(config: PreTrainedConfig) -> int | None:
-    """Parameters that one token passes through; `None` for a model that is not ours."""
+def _active_parameters(config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """Parameters that a token which enters every layer passes through, and the mean; `None` if it is not our model."""
     if config.model_type != HybridLMConfig.model_type:
-        return None
-    return plan(config).total.num_active_parameters
+        return None, None
+    total = plan(config).total
+    return total.num_active_parameters, total.expected_active_parameters
 
 
 def _own_version() -> str:

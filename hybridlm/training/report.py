@@ -6,17 +6,17 @@ from typing import Any
 def summarize(results: dict[str, Any]) -> str:
     """Say what a run measured, in the order a reader asks for it."""
     data, training = results["data"], results["training"]
-    active = f" ({results['active_parameters']:,} active)" if results["active_parameters"] else ""
+    active = _active(results)
     lines = [
         f"{results['name']}: {results['parameters']:,} parameters{active}, {training['steps']} steps, "
         f"{results['tokens_seen']:,} tokens in {training['seconds']:.0f} s",
-        f"data {data['path']}: {data['num_documents']} documents, {data['num_bytes']:,} bytes, "
+        f"data {data['path']}: {_documents(data['num_documents'])}, {data['num_bytes']:,} bytes, "
         f"manifest {data['manifest_hash']}",
     ]
     for score in results.get("heldout", []):
         lines.append(
             f"held-out bits per byte at {score['length']} tokens: {score['bits_per_byte']:.4f} "
-            f"({score['num_bytes']:,} bytes of {score['num_documents']} documents)"
+            f"({score['num_bytes']:,} bytes of {_documents(score['num_documents'])})"
         )
     for rule, score in results.get("heldout_by_rule", {}).items():
         lines.append(f"the same at {score['length']} tokens, rule {rule}: {score['bits_per_byte']:.4f}")
@@ -32,3 +32,15 @@ def summarize(results: dict[str, Any]) -> str:
     lines.append(f"{results['seconds']:.0f} s in all")
     lines += [f"FAILED: {failure}" for failure in results["failures"]]
     return "\n".join(lines)
+
+
+def _active(results: dict[str, Any]) -> str:
+    active, expected = results["active_parameters"], results.get("expected_active_parameters")
+    if not active:
+        return ""
+    mean = f", {expected:,} expected" if expected and expected != active else ""
+    return f" ({active:,} active at most{mean})" if mean else f" ({active:,} active)"
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'s' * (count != 1)}"

@@ -56,7 +56,8 @@ def run(
 
     Raises:
         FileNotFoundError: There is no such run file or config.
-        ValueError: The run file or the data is wrong; with the field's name.
+        ValueError: The run file or the data is wrong, or evaluation was asked for and nothing is held out; with the
+            field's name.
         CheckpointError: A checkpoint could not be written.
     """
     started = time.perf_counter()
@@ -190,7 +191,35 @@ def _prepare_data(
             raise ValueError(
                 f"data.length: {options.length} tokens are more than the {data.counts.num_tokens} of all documents"
             )
-    return documents, data, _heldout_texts(run_file, documents)
+    heldout = _heldout_texts(run_file, documents)
+    if not heldout:
+        _check_nothing_held_out(run_file)
+    return documents, data, heldout
+
+
+def _check_nothing_held_out(run_file: RunFile) -> None:
+    """Refuse what asks for held-out text where there is none, and say once that the default evaluation is left out."""
+    options, modulus = run_file.evaluation, run_file.data.heldout_modulus
+    if options.lengths == []:
+        why, remedy = "evaluation.lengths is empty", "name lengths"
+    elif modulus == 0:
+        why, remedy = "data.heldout_modulus is 0, so no document is held out", "hold documents out"
+    else:
+        why = f"no document is held out: data.heldout_modulus={modulus} takes about one document in {modulus}"
+        remedy = "give more documents, a smaller data.heldout_modulus"
+    asked = [
+        *(["evaluation.lengths"] if options.lengths else []),
+        *(["evaluation.ngram_orders"] if options.ngram_orders else []),
+        *(["evaluation.below_ngram_order"] if options.below_ngram_order is not None else []),
+        *(["evaluation.leaky_top_k"] if options.leaky_top_k else []),
+        *(["training.eval_strategy"] if training_arguments(run_file).eval_strategy != "no" else []),
+    ]
+    if asked:
+        raise ValueError(
+            f"{asked[0]}: there is nothing to measure on, {why}; {remedy}, or leave out {' and '.join(asked)}"
+        )
+    if options.lengths is None:
+        logger.warning("%s; nothing will be measured on held-out text", why)
 
 
 def _heldout_texts(run_file: RunFile, documents: Documents) -> list[str]:

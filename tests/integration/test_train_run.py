@@ -251,13 +251,47 @@ def test_evaluation_during_training_is_recorded_in_bits_per_byte(corpus, tmp_pat
         ({"data": {"path": "no/such/folder"}}, r"data\.path: 'no/such/folder' does not exist"),
         ({"data": {"length": 10_000_000}}, r"data\.length: 10000000 tokens are more than"),
         ({"evaluation": {"below_ngram_order": 2}}, r"evaluation\.below_ngram_order: 2 is not among"),
-        ({"evaluation": {"leaky_top_k": True}}, r"evaluation\.leaky_top_k: the model has no mixture_of_depths span"),
+        (
+            {"evaluation": {"leaky_top_k": True, "lengths": [8]}},
+            r"evaluation\.leaky_top_k: the model has no mixture_of_depths span",
+        ),
         ({"data": {"streaming": True}, "evaluation": {"lengths": [8]}}, r"evaluation\.max_bytes: must be given"),
     ],
 )
 def test_run_that_cannot_start_says_which_field_is_wrong(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(run_content(corpus, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "training", "message"),
+    [
+        ({"lengths": [32]}, {}, r"evaluation\.lengths: .*no document is held out: data\.heldout_modulus=5"),
+        ({"lengths": None, "leaky_top_k": True}, {}, r"evaluation\.leaky_top_k: .*no document is held out"),
+        (
+            {"lengths": None, "ngram_orders": [1], "below_ngram_order": 1},
+            {},
+            r"evaluation\.ngram_orders: .* leave out evaluation\.ngram_orders and evaluation\.below_ngram_order",
+        ),
+        ({"lengths": [], "ngram_orders": [1]}, {}, r"evaluation\.ngram_orders: .*evaluation\.lengths is empty"),
+        ({"lengths": []}, {"eval_strategy": "steps", "eval_steps": 1}, r"training\.eval_strategy: "),
+    ],
+)
+def test_an_evaluation_that_has_no_text_is_refused_before_training(tmp_path, evaluation, training, message):
+    path = tmp_path / "one.txt"
+    path.write_text("one document " * 50)
+    with pytest.raises(ValueError, match=message):
+        run(run_content(path, tmp_path / "run", evaluation=evaluation, training=training))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_default_evaluation_without_text_is_left_out_and_said_so(tmp_path, caplog):
+    path = tmp_path / "one.txt"
+    path.write_text("one document " * 50)
+    results = run(run_content(path, tmp_path / "run", evaluation={"lengths": None}, training={"max_steps": 1}))
+    assert "heldout" not in results
+    said = [record.message for record in caplog.records if "no document is held out" in record.message]
+    assert len(said) == 1
 
 
 def start(command, corpus, tmp_path, **environment):

@@ -19,7 +19,7 @@ from . import presets
 from .cli_check import check
 
 if TYPE_CHECKING:
-    from .analysis.planner import Plan
+    from .analysis.figures import Figures, Plan
 
 
 _PACKAGES = ("hybridlm", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "peft")
@@ -85,40 +85,57 @@ def _print_plan(name: str, plan: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("parameters", "active", "state bytes", "FLOPs / token")
+    total = plan.total
+    moving = total.expected_step_flops != total.step_flops  # the data decide what runs
     table = Table(title=f"{name}: {len(plan.layers)} layers, state at {plan.context} tokens in {plan.dtype}, one row")
     for title in ("layer", "recipe", "mixer", "channel mixer"):
         table.add_column(title)
-    for title in columns:
+    for title in ("parameters", "active", "state bytes", "FLOPs / token", *(["expected"] if moving else [])):
         table.add_column(title, justify="right")
     for layer in plan.layers:
         label = (str(layer.index), layer.recipe, layer.mixer or "-", layer.channel_mixer or "-")
-        table.add_row(*label, *_figures(layer))
+        table.add_row(*label, *_figures(layer, moving))
     table.add_section()
     for span in plan.spans:
-        reach = f"at most {span.max_tokens:,} tokens" if span.max_tokens < plan.context else "no bound on tokens"
         place = str(span.start) if span.stop - span.start == 1 else f"{span.start}..{span.stop - 1}"
-        label = (place, span.span, reach, f"{span.expected_tokens:,} expected")
-        table.add_row(*label, *_figures(span))
+        table.add_row(place, span.span, "(span)", "", *_figures(span, moving))
     if plan.spans:
         table.add_section()
-    for label, row in (("outside the layers", plan.outer), ("total", plan.total)):
-        table.add_row("", label, "", "", *_figures(row))
+    table.add_row("", "outside the layers", "", "", *_figures(plan.outer, moving))
+    table.add_row("", "total, at most" if moving else "total", "", "", *_figures(total, False))
+    if moving:
+        likely = (total.num_parameters, total.expected_active_parameters, total.expected_state_bytes)
+        flops = ("", f"{total.expected_step_flops:,}")
+        table.add_row("", "expected at the target", "", "", *(f"{n:,}" for n in likely), *flops)
     # rich cuts a table to 80 columns where it cannot see a terminal
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    _print_reach(plan)
     if plan.rollback_window:
-        typer.echo(f"recording {plan.rollback_window} tokens for rollback: at most {plan.rollback_bytes:,} bytes more")
-    total = plan.total
-    typer.echo(f"prefill of {plan.context} tokens: {total.prefill_flops:,} FLOPs")
-    if total.expected_prefill_flops != total.prefill_flops:
-        expected = f"{total.expected_prefill_flops:,}, and {total.expected_step_flops:,} a token"
-        typer.echo(f"these are bounds, for the FLOPs depend on the data; expected are {expected}")
-    if total.expected_state_bytes != total.state_bytes:
-        typer.echo(f"so are the bytes of the state; expected are {total.expected_state_bytes:,}")
+        count = _tokens(plan.rollback_window)
+        typer.echo(f"recording {count} for rollback: at most {plan.rollback_bytes:,} bytes more")
+    bound = f"prefill of {_tokens(plan.context)}: {total.prefill_flops:,} FLOPs"
+    same = total.expected_prefill_flops == total.prefill_flops
+    typer.echo(bound if same else f"{bound} at most, {total.expected_prefill_flops:,} expected at the target")
 
 
-def _figures(row: Any) -> tuple[str, ...]:
-    return tuple(f"{n:,}" for n in (row.num_parameters, row.num_active_parameters, row.state_bytes, row.step_flops))
+def _print_reach(plan: "Plan") -> None:
+    """Say of every span how many tokens enter its layers."""
+    for span in plan.spans:
+        one = span.stop - span.start == 1
+        place = f"layer {span.start}" if one else f"layers {span.start} to {span.stop - 1}"
+        bound = f"at most {span.max_tokens:,}" if span.max_tokens < plan.context else "no bound"
+        target = f"target {span.expected_share:.4g} of the tokens that come to it"
+        count = f"of {_tokens(plan.context)} {span.expected_tokens:,} expected, {bound}"
+        typer.echo(f"{span.span}, {place}: {target}; {count}")
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'s' * (count != 1)}"
+
+
+def _figures(row: "Figures", moving: bool) -> tuple[str, ...]:
+    numbers = [row.num_parameters, row.num_active_parameters, row.state_bytes, row.step_flops]
+    return tuple(f"{n:,}" for n in [*numbers, *([row.expected_step_flops] if moving else [])])
 
 
 @app.command()

@@ -34,6 +34,17 @@ def test_describe_prints_the_stack_layer_by_layer_with_the_planned_figures(cli):
     assert f"{planned.total.num_active_parameters:,}" in rows[-1]
 
 
+def test_describe_has_expected_figures_only_where_the_data_decide(cli):
+    assert "expected" not in cli("describe", "tiny_jamba").stdout
+    assert "expected at the target" in cli("describe", "tiny_mode").stdout
+
+
+def test_describe_counts_one_token_as_one(cli):
+    said = cli("describe", "tiny_llama", "--context", 1, "--rollback", 1).stdout
+    assert "prefill of 1 token:" in said
+    assert "recording 1 token for rollback" in said
+
+
 def test_describe_prints_json(cli):
     result = cli("describe", "tiny_jamba", "--context", 64, "--dtype", "fp32", "--rollback", 8, "--json")
     planned = plan(presets.load_config("tiny_jamba"), context=64, dtype="fp32", rollback_window=8)

@@ -258,13 +258,24 @@ def test_describe_has_a_row_a_span(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     output = CliRunner().invoke(app, ["describe", str(path), "--context", "64"]).stdout
-    rows = [line for line in output.splitlines() if "mixture_of_depths" in line]
     planned = plan(config_of(SPANS["nested"]), context=64)
-    assert len(rows) == 3
-    for row, span in zip(rows, planned.spans, strict=True):
-        assert f"at most {span.max_tokens} tokens" in row
-        assert f"{span.expected_tokens} expected" in row
-    assert f"expected are {planned.total.expected_state_bytes:,}" in output
+    rows = [line for line in output.splitlines() if "mixture_of_depths" in line and "│" in line]
+    reaches = [line for line in output.splitlines() if line.startswith("mixture_of_depths")]
+    for row, reach, span in zip(rows, reaches, planned.spans, strict=True):
+        assert f"{span.expected_step_flops:,} │" in row
+        bound = f"at most {span.max_tokens}" if span.max_tokens < 64 else "no bound"
+        assert f"of 64 tokens {span.expected_tokens} expected, {bound}" in reach
+    total = planned.total
+    bound, expected = (
+        next(line for line in output.splitlines() if label in line)
+        for label in ("total, at most", "expected at the target")
+    )
+    assert f"{total.state_bytes:,}" in bound
+    assert f"{total.step_flops:,}" in bound
+    for figure in (total.expected_active_parameters, total.expected_state_bytes, total.expected_step_flops):
+        assert f"{figure:,}" in expected
+    assert f"prefill of 64 tokens: {total.prefill_flops:,} FLOPs at most" in output
+    assert f"{total.expected_prefill_flops:,} expected at the target" in output
     answer = json.loads(CliRunner().invoke(app, ["describe", str(path), "--context", "64", "--json"]).stdout)
     assert [span["expected_share"] for span in answer["spans"]] == [0.6, 0.5, 0.125]
 

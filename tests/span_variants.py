@@ -10,7 +10,7 @@ from hybridlm.modeling.registry import RESIDUALS, SPANS
 from hybridlm.testing import Subject
 
 MOD = {"name": "mixture_of_depths", "capacity": 0.4}
-MERGING = {"name": "token_merging", "threshold": 0.2, "stride": 5, "loss_coef": 0.5}
+MERGING = {"name": "token_merging", "loss_coef": 0.5}
 STACK = [(MAMBA, small("mlp")), (ATTENTION, CHANNEL_VARIANTS["moe-losses"]), (MAMBA2, None), (WINDOW, small("swiglu"))]
 MIDDLE = {"start": 1, "stop": 3}
 
@@ -20,7 +20,8 @@ def mod(**options):
 
 
 def merge(boundary, representative, **options):
-    return MERGING | MIDDLE | {"boundary": boundary, "representative": representative} | options
+    where = {"stride": 5} if boundary == "stride" else {"threshold": 0.2}
+    return MERGING | MIDDLE | where | {"boundary": boundary, "representative": representative} | options
 
 
 SPAN_VARIANTS = {

@@ -28,7 +28,10 @@ class HybridGeneration:
 
         Raises:
             ValueError: A prompt is padded on the right or holds pads only, or the kind of cache is not ours.
+            NotImplementedError: Experts choose tokens (`expert_choice`), which cannot decode, with a cache or without.
         """
+        for moe in self.base_model.moe_layers:
+            moe.router.check_decodes()
         if not generation_config.is_assistant:  # transformers guesses an assistant's mask from pad ids in the text
             self._check_prompt(model_kwargs.get("attention_mask"))
         kind = generation_config.cache_implementation

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
+
+PATIENCE = 256  # forwards in training after which somebody should have applied what was counted
 ROW_BINS = 1000  # a share of a row is known to a thousandth; sums of a histogram add up over processes, rows do not
 _TOTALS = ("wished", "reached", "taken", "judged", "predicted", "hits", "correct", "num_rows", "row_shares")
 NUM_COUNTS = len(_TOTALS) + ROW_BINS + 1
@@ -70,3 +74,21 @@ def span_counts(record: Any, predicted: Tensor | None = None) -> Tensor:
     bins = (shares * ROW_BINS).round().long()
     histogram = torch.zeros(ROW_BINS + 1, dtype=torch.double, device=taken.device).scatter_add(0, bins, counted)
     return torch.cat([totals, torch.stack([counted.sum(), (shares * counted).sum()]), histogram])
+
+
+def warn_if_nobody_applies(num_unapplied: int) -> int:
+    """Count a forward in training, and say once when a bias should have moved long ago.
+
+    Args:
+        num_unapplied: Forwards since the bias could last move.
+
+    Returns:
+        One more.
+    """
+    if num_unapplied + 1 == PATIENCE:
+        logger.warning_once(
+            f"{PATIENCE} forwards in training, and no bias of a router or span has moved: give Trainer "
+            "callbacks=[hybridlm.training.SelectionBiasCallback()], or call "
+            "hybridlm.modeling.losses.update_selection_bias(model) after each optimizer step"
+        )
+    return num_unapplied + 1

@@ -249,8 +249,9 @@ def update_selection_bias(model: nn.Module, process_group: "torch.distributed.Pr
     """Move every bias that balances a load without a loss, and start counting anew; call it once an optimizer step.
 
     It reaches every module that has `load_counts() -> Tensor`, what it counted since the last call (1-D, float64), and
-    `apply_load(counts)`, which gets the sum over all processes, moves the bias and resets the counts. A module in eval
-    mode is left as it is.
+    `apply_load(counts, moves)`, which gets the sum over all processes, moves the bias and resets the counts. A module
+    in eval mode is left as it is, and one whose parameters are all frozen keeps its bias: an adapter that is trained on
+    it would not carry the change.
 
     Args:
         model: Any module with such modules inside.
@@ -263,5 +264,7 @@ def update_selection_bias(model: nn.Module, process_group: "torch.distributed.Pr
     total = torch.cat([count.to(counts[0].device, torch.float64) for count in counts])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total, group=process_group)
+    whole = any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
     for module, share in zip(modules, total.split([len(count) for count in counts]), strict=True):
-        module.apply_load(share)
+        own = [parameter.requires_grad for parameter in module.parameters()]
+        module.apply_load(share, moves=any(own) if own else whole)

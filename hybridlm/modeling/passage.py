@@ -60,7 +60,9 @@ class Passage:
         """Bring `[B, T', ...]` back to the tokens around the span: 0, or the stream, where none entered."""
         taken = self.selection.taken
         lifted = values if self.compaction is None else self.compaction.restore(values)
-        fill = self.before if before else torch.zeros_like(lifted)
+        fill = torch.zeros_like(lifted)
+        if before:  # recorded hidden states are means over the residual streams
+            fill = self.before if self.before.dim() == lifted.dim() else self.before.mean(2)
         return torch.where(taken.reshape(*taken.shape, *[1] * (lifted.dim() - 2)), lifted, fill)
 
 

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .dispatch import capacity_of, hashed_experts, tokens_of_experts, within_capacity
+from .loads import warn_if_nobody_applies
 from .masks import SequenceInfo
 from .precision import Float32Islands, state_dtype
 
@@ -159,12 +160,12 @@ class Router(Float32Islands):
             raise ValueError("inputs_embeds: routing='hash' chooses experts by token id, give input_ids")
 
     def check_decodes(self) -> None:
-        """Raise the `NotImplementedError` of expert choice with a cache."""
+        """Raise the `NotImplementedError` of expert choice in decoding: with a cache, or in `generate`."""
         if self.routing == "expert_choice":
             raise NotImplementedError(
                 "routing='expert_choice' lets later tokens decide, so it cannot decode; the exact alternative is "
-                "routing='top_k' with selection_bias=True. With use_cache=False, here or in the config, an evaluation "
-                "runs; it is not causal"
+                "routing='top_k' with selection_bias=True. A forward with use_cache=False, here or in the config, "
+                "evaluates; it is not causal"
             )
 
     @property
@@ -183,12 +184,15 @@ class Router(Float32Islands):
     def add_load(self, counts: Tensor, shares: Tensor | None = None) -> None:
         """Add `[E]` to `tokens_per_expert`, and the tokens' summed scores `[E]` to what the record is made of."""
         self._load = self.tokens_per_expert.to(counts.device) + counts
+        if self.selection_bias is not None:
+            self.num_unapplied = warn_if_nobody_applies(self.num_unapplied)
         if shares is not None:
             self._shares = shares if self._shares is None else self._shares.to(shares.device) + shares
 
     def reset_load(self) -> None:
         """Set `tokens_per_expert` to zero."""
         self._load = self._shares = None
+        self.num_unapplied = 0
 
     def load_counts(self) -> Tensor:
         """What `losses.update_selection_bias` adds up over processes: tokens and scores, `[2 * E]`, float64."""
@@ -197,10 +201,10 @@ class Router(Float32Islands):
         return torch.cat([load, shares])
 
     @torch.no_grad()
-    def apply_load(self, counts: Tensor) -> None:
+    def apply_load(self, counts: Tensor, moves: bool = True) -> None:
         """Raise the bias of choices with less than the mean load, lower the others, and count anew."""
         counts = counts.view(2, -1)
-        if self.selection_bias is not None:
+        if self.selection_bias is not None and moves:
             missing = (counts[0].mean() - counts[0]).sign().to(self.selection_bias)
             self.selection_bias += self.bias_update_rate * missing
         self.load_record = counts.clone() if self.load_record is None else self.load_record + counts

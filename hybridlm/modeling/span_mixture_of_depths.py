@@ -52,7 +52,8 @@ class MixtureOfDepths(Span):
             draws tokens by their place in the document, as a control.
         weight: Factor on what the layers change: the "raw" score, as in the paper, or its "sigmoid".
         loss_coef: Factor of the binary cross entropy.
-        bias_update_rate: Step of the bias for each unit of (capacity - share).
+        bias_update_rate: Step of the bias for each unit of (capacity - share). The bias is added to the score: a larger
+            one lets more tokens in.
         predictor_size: Width of the predictor's hidden layer; a quarter of D, at least 8, if not given.
         ceiling: Largest share of the tokens seen so far in a document that may have entered; `None` for no limit. It
             bounds the keys that the layers store.
@@ -160,13 +161,13 @@ class MixtureOfDepths(Span):
         return record.scores > 0 if self.rule in ("auxiliary_loss", "predictor") else None
 
     @torch.no_grad()
-    def apply_load(self, counts: Tensor) -> None:
+    def apply_load(self, counts: Tensor, moves: bool = True) -> None:
         """Move the bias towards the capacity; see `Span.apply_load`."""
-        if self.threshold_bias is not None:
+        if self.threshold_bias is not None and moves:
             load = SpanLoad.from_counts(counts)
             step = self.bias_update_rate * (self.capacity - load.wished / load.reached.clamp(min=1))
             self.threshold_bias += (step * (load.reached > 0)).to(self.threshold_bias)
-        super().apply_load(counts)
+        super().apply_load(counts, moves)
 
     def extra_repr(self) -> str:
         """Show the choice."""

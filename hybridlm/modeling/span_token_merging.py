@@ -63,11 +63,11 @@ class TokenMerging(Span):
             another boundary at the first token of the next group. The last is the default for "stride".
         threshold: Cosine below which a group begins; 0.5 for "cosine" and 0 for "learned", where that is a probability
             of one half, if not given. Above 1, and not calibrated, every token is a group of its own.
-        target_ratio: Tokens a group that calibration or the ratio loss aim at.
+        target_ratio: Tokens a group that calibration or the ratio loss aim at; 2 if not given.
         bias_update_rate: Of the way to the threshold that would have met the target in the last optimizer step, the
             share that the threshold of "cosine" goes; 0 fixes it.
         loss_coef: Factor of the ratio loss of "learned".
-        stride: Tokens a group for "stride".
+        stride: Tokens a group for "stride", and for it alone; 2 if not given.
         ceiling: Largest share of the tokens seen so far in a document that may have entered; `None` for no limit. A
             first token that may not enter joins the group before.
     """
@@ -83,10 +83,10 @@ class TokenMerging(Span):
         boundary: str = "cosine",
         representative: str | None = None,
         threshold: float | None = None,
-        target_ratio: float = 2.0,
+        target_ratio: float | None = None,
         bias_update_rate: float = 0.3,
         loss_coef: float = 0.03,
-        stride: int = 2,
+        stride: int | None = None,
         ceiling: float | None = None,
     ) -> None:
         super().__init__(hidden_size, ceiling)
@@ -96,6 +96,16 @@ class TokenMerging(Span):
         check_name("representative", representative, REPRESENTATIVES)
         if threshold is None and boundary != "stride":
             threshold = 0.5 if boundary == "cosine" else 0.0
+        if stride is not None and boundary != "stride":
+            raise ValueError(f"stride={stride} needs boundary='stride'; with boundary={boundary!r} set target_ratio")
+        if boundary == "stride":
+            if threshold is not None:
+                raise ValueError(f"threshold={threshold} must be null with boundary='stride', which compares nothing")
+            stride = 2 if stride is None else stride
+            if target_ratio not in (None, stride):
+                raise ValueError(f"target_ratio={target_ratio} must be null with boundary='stride'; set stride")
+            target_ratio = float(stride)
+        target_ratio = 2.0 if target_ratio is None else target_ratio
         self.boundary, self.representative, self.threshold = boundary, representative, threshold
         self.target_ratio, self.stride = target_ratio, stride
         self.bias_update_rate, self.loss_coef = bias_update_rate, loss_coef
@@ -112,12 +122,12 @@ class TokenMerging(Span):
     def _check_options(self) -> None:
         if self.threshold is not None and not self.threshold > -1:
             raise ValueError(f"threshold={self.threshold} must be above -1, the least cosine")
+        if self.stride is not None and self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
         if not 1 <= self.target_ratio < math.inf:
             raise ValueError(f"target_ratio={self.target_ratio} must be at least 1")
         if self.boundary == "learned" and self.target_ratio == 1:
             raise ValueError("target_ratio=1 must be above 1 with boundary='learned'; threshold=2 merges nothing")
-        if self.stride < 1:
-            raise ValueError(f"stride={self.stride} must be at least 1")
         if not 0 <= self.bias_update_rate <= 1:
             raise ValueError(f"bias_update_rate={self.bias_update_rate} must lie in [0, 1]")
         if self.loss_coef < 0:
@@ -297,10 +307,10 @@ class TokenMerging(Span):
         return torch.cat([counts, angles])
 
     @torch.no_grad()
-    def apply_load(self, counts: Tensor) -> None:
+    def apply_load(self, counts: Tensor, moves: bool = True) -> None:
         """Move the threshold towards the one that gives the target; see `Span.apply_load`."""
         counts, angles = counts[:NUM_COUNTS], counts[NUM_COUNTS:]
-        if self.threshold_bias is not None and self.bias_update_rate:
+        if self.threshold_bias is not None and self.bias_update_rate and moves:
             below = angles.cumsum(0)
             wanted = (1 - 1 / self.target_ratio) * below[-1]  # tokens that should stay in the group of the one before
             at = torch.searchsorted(below, wanted).clamp(max=ANGLE_BINS - 1)
@@ -308,7 +318,7 @@ class TokenMerging(Span):
             best = torch.cos(math.pi * (at + inside) / ANGLE_BINS)
             step = self.bias_update_rate * (best - self.threshold - self.threshold_bias.to(best))
             self.threshold_bias += torch.where(below[-1] > 0, step, 0.0).to(self.threshold_bias)
-        super().apply_load(counts)
+        super().apply_load(counts, moves)
 
     def extra_repr(self) -> str:
         """Show the choice."""

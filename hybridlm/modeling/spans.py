@@ -19,7 +19,7 @@ from torch import Tensor
 from .cache_entries import RecurrentEntry
 from .cache_layer import SpanCache
 from .hold import Held, hold_last, hold_mean
-from .loads import NUM_COUNTS, span_counts
+from .loads import NUM_COUNTS, span_counts, warn_if_nobody_applies
 from .losses import document_mean_loss, label_tokens_per_document
 from .masks import Compaction, SequenceInfo, compiling
 from .passage import Passage, Selection, SpanRecord
@@ -90,6 +90,7 @@ class Span(Float32Islands):
         # sums of `loads`: since the last optimizer step here, and of all processes since a log was written; plain
         # attributes because DistributedDataParallel would overwrite buffers with the first rank's
         self._load: Tensor | None = None
+        self.num_unapplied = 0
         self.load_record: Tensor | None = None
 
     def place(self, number: int, start: int, stop: int, parent: int | None) -> None:
@@ -134,10 +135,13 @@ class Span(Float32Islands):
         """Count what a forward in training chose."""
         counts = span_counts(record, self.predicted(record))
         self._load = counts if self._load is None else self._load.to(counts.device) + counts
+        if getattr(self, "threshold_bias", None) is not None:
+            self.num_unapplied = warn_if_nobody_applies(self.num_unapplied)
 
     def reset_load(self) -> None:
         """Start counting anew."""
         self._load = None
+        self.num_unapplied = 0
 
     def load_counts(self) -> Tensor:
         """What was counted since the last `reset_load`, to be added up over processes; see `loads.SpanLoad`."""
@@ -146,8 +150,8 @@ class Span(Float32Islands):
         return self._load
 
     @torch.no_grad()
-    def apply_load(self, counts: Tensor) -> None:
-        """Take note of counts that may come from several processes, and count anew."""
+    def apply_load(self, counts: Tensor, moves: bool = True) -> None:
+        """Take note of counts that may come from several processes, move a bias by them if it `moves`, count anew."""
         self.load_record = counts.clone() if self.load_record is None else self.load_record.to(counts.device) + counts
         self.reset_load()
 

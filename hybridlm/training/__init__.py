@@ -1,6 +1,7 @@
 """Train a model from a run file, or with the parts one by one."""
 
 from .bits_per_byte import HeldoutScore, evaluate_bits_per_byte
+from .callbacks import SelectionBiasCallback
 from .command import train
 from .job import build_model, run
 from .ngram import WittenBell
@@ -15,6 +16,7 @@ __all__ = [
     "HeldoutScore",
     "HybridTrainer",
     "RunFile",
+    "SelectionBiasCallback",
     "WittenBell",
     "build_model",
     "decayed_parameter_names",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from span_variants import SPAN_FACTORS, SPAN_PAIRS, SPAN_VARIANTS, span_pair_subject, span_subject
 
-from hybridlm.testing import CHECKS, state_influence
+from hybridlm.testing import CHECKS, relative_error, state_influence
 
 EXACT = 1e-9
 # transformers' loss function computes in float32, whatever the model's type; bfloat16 may route a token otherwise
@@ -103,3 +103,18 @@ def test_spans_run_in_bfloat16_without_nan(variant):
     logits = model(span_subject(variant).input_ids).logits
     assert logits.dtype == torch.bfloat16
     assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("name", SPAN_PAIRS)
+def test_recorded_hidden_states_are_those_of_all_tokens_whatever_the_calls(name):
+    subject, ids = span_pair_subject(name), span_pair_subject(name).input_ids
+    with torch.no_grad():
+        whole = subject.model(ids, output_hidden_states=True).hidden_states
+        cache = subject.new_cache()
+        parts = [
+            subject.model(x, past_key_values=cache, output_hidden_states=True).hidden_states for x in ids.split(9, 1)
+        ]
+    assert len(whole) == subject.model.config.num_hidden_layers + 1
+    for depth, state in enumerate(whole):
+        assert state.shape == (*ids.shape, subject.model.config.hidden_size)
+        assert relative_error(torch.cat([part[depth] for part in parts], dim=1), state) <= EXACT

@@ -331,7 +331,7 @@ class Threshold(torch.nn.Module):
     def load_counts(self):
         return self.counts
 
-    def apply_load(self, counts):
+    def apply_load(self, counts, moves):
         self.bias += 0.1 * (0.125 - counts[0] / counts[1])
         self.counts = torch.zeros_like(counts)
 

@@ -344,6 +344,7 @@ def test_expert_choice_trains_and_refuses_to_decode():
         lambda: model(input_ids=ids, use_cache=True),
         lambda: model.generate(ids, max_new_tokens=2),
         lambda: model.generate(ids, max_new_tokens=2, num_beams=2),
+        lambda: model.generate(ids, max_new_tokens=2, use_cache=False),
         model.new_cache,
     ):
         with pytest.raises(NotImplementedError, match=alternative):

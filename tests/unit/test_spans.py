@@ -1,5 +1,6 @@
 """Spans and mixture of depths: what the paper says, and what the bounds promise."""
 
+import logging
 import math
 import random
 
@@ -13,6 +14,7 @@ from variants import build as build_in_training
 
 from hybridlm import HybridLMForTokenClassification
 from hybridlm.modeling.hold import hold_last, hold_mean
+from hybridlm.modeling.loads import PATIENCE
 from hybridlm.modeling.losses import update_selection_bias
 from hybridlm.modeling.masks import SequenceInfo
 from hybridlm.modeling.span_mixture_of_depths import MixtureOfDepths, top_share
@@ -327,3 +329,33 @@ def test_the_bias_moves_under_any_head():
     before = span.threshold_bias.clone()
     update_selection_bias(model)
     assert span.threshold_bias != before
+
+
+def test_frozen_routers_keep_their_biases_so_that_an_adapter_meets_them_again():
+    merge = {"name": "token_merging", "start": 3, "stop": 4}
+    experts = small("moe") | {"selection_bias": True}
+    model = build([*STACK[:3], (MAMBA, experts)], spans=[mod(), merge]).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapter = torch.nn.Parameter(torch.zeros(1))
+    model.register_parameter("lora_A", adapter)
+    router = model.model.layers[3].channel_mixer.router
+    biases = [*(span.threshold_bias for span in model.model.spans), router.selection_bias]
+    before = [bias.clone() for bias in biases]
+    model(IDS, labels=IDS)
+    update_selection_bias(model)
+    assert all(torch.equal(a, b) for a, b in zip(biases, before, strict=True))
+    assert model.model.spans[0].load_record is not None  # what was chosen is told all the same
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(IDS, labels=IDS)
+    update_selection_bias(model)
+    assert not any(torch.equal(a, b) for a, b in zip(biases, before, strict=True))
+
+
+def test_a_bias_that_nobody_moves_is_told_once(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hybridlm"), "propagate", True)
+    model = build([(MAMBA, None)], spans=[mod(start=0, stop=1)]).train()
+    for _ in range(PATIENCE + 2):
+        model(IDS[:1, :2])
+    assert sum("SelectionBiasCallback" in record.message for record in caplog.records) == 1

@@ -32,7 +32,7 @@ def records(model, input_ids, **arguments):
 
 def span_of(boundary, representative, **options):
     torch.manual_seed(0)
-    options = {"threshold": 0.2, "stride": 3} | options
+    options = ({"stride": 3} if boundary == "stride" else {"threshold": 0.2}) | options
     span = TokenMerging(WIDTH, boundary=boundary, representative=representative, **options)
     for parameter in span.parameters():
         torch.nn.init.normal_(parameter)

@@ -88,7 +88,8 @@ def test_spans_tell_what_the_rows_of_all_processes_chose(two_processes, tmp_path
     bias, records = depths_run(tmp_path, per_device_train_batch_size=8)
     assert bias != 0
     told = {name for name in records[0] if name.startswith("span_")}
-    assert {"span_0/row_share_p95", "span_0/threshold_bias", "span_1/share", "span_1/predictor_accuracy"} <= told
+    figures = {(name.split("_")[1], name.split("/")[1]) for name in told}
+    assert {("0", "row_share_p95"), ("0", "threshold_bias"), ("1", "share"), ("1", "predictor_accuracy")} <= figures
     for rank in range(2):
         other_bias, recorded = torch.load(two_processes / f"depths_{rank}.pt")
         torch.testing.assert_close(other_bias, bias)

@@ -1,6 +1,7 @@
 """What training tells about spans equals a count of what the model says it did."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hybridlm import HybridLMConfig
 from hybridlm.data import PackedRows
 from hybridlm.modeling.losses import update_selection_bias
 from hybridlm.modeling.modeling_hybridlm import HybridLMForCausalLM
+from hybridlm.modeling.registry import SPANS
 from hybridlm.training import HybridTrainer
 from hybridlm.training.span_metrics import percentile, span_metrics
 
@@ -24,6 +26,11 @@ def build(*spans):
     spans = [{"name": "mixture_of_depths"} | span for span in spans]
     config = HybridLMConfig(layer_specs={"a": ATTENTION}, layer_layout=["a"] * 4, spans=spans, **sizes)
     return HybridLMForCausalLM(config).double().train()
+
+
+def by_number(found):
+    """The figures without the kind and the layers in the names of spans."""
+    return {re.sub(r"^(span_\d+)_[a-z_0-9]+/", r"\1/", name): value for name, value in found.items()}
 
 
 def learn(model, batches):
@@ -51,7 +58,7 @@ def test_figures_equal_a_count_over_micro_batches_and_steps(rule):
     shares = np.concatenate([(t.sum(1) / r.sum(1)).numpy() for t, r in zip(taken, real, strict=True)])
     said = torch.cat([(output.span_scores[0] > 0)[r] for output, r in zip(outputs, real, strict=True)])
     entered = torch.cat([t[r] for t, r in zip(taken, real, strict=True)])
-    found = span_metrics(model)
+    found = by_number(span_metrics(model))
     share = entered.double().mean().item()
     assert found["span_0/share"] == found["span_0/wished_share"] == pytest.approx(share)
     assert found["layer_1/token_share"] == found["layer_2/token_share"] == pytest.approx(share)
@@ -77,7 +84,7 @@ def test_nested_spans_count_among_the_tokens_that_reached_them():
     outputs = learn(model, batches())
     outer, inner = (sum(int(output.span_taken[n].sum()) for output in outputs) for n in (0, 1))
     total = sum(int(mask.sum()) for _, mask in batches())
-    found = span_metrics(model)
+    found = by_number(span_metrics(model))
     assert found["span_0/share"] == pytest.approx(outer / total)
     assert found["span_1/share"] == pytest.approx(inner / outer)
     assert found["span_1/wished_share"] > found["span_1/share"]
@@ -96,6 +103,16 @@ def test_evaluation_counts_nothing_and_gradient_checkpointing_nothing_twice():
     assert model.model.spans[0].load_counts()[1] == ids.numel()
 
 
+def test_the_name_of_a_figure_says_kind_and_layers_of_the_span():
+    spans = [{"start": 0, "rule": "random"}, {"start": 1, "stop": 4, "name": "token_merging"}]
+    model = build(*spans)
+    learn(model, batches())
+    labels = {name.split("/")[0] for name in span_metrics(model) if name.startswith("span_")}
+    assert labels == {"span_0_mixture_of_depths_layer_0", "span_1_token_merging_layers_1_to_3"}
+    kinds = {label.partition("_layer")[0].split("_", 2)[2] for label in labels}
+    assert kinds == set(SPANS)
+
+
 def test_a_percentile_is_a_share_that_so_many_rows_do_not_exceed():
     histogram = torch.zeros(1001)
     histogram[100], histogram[400], histogram[900] = 90, 5, 5
@@ -112,7 +129,9 @@ def test_the_trainer_writes_them_beside_the_loss(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if "loss" in record]
     assert len(records) == 2
-    for record in records:
+    assert "span_0_mixture_of_depths_layer_1/share" in records[0]
+    assert "span_1_token_merging_layer_2/share" in records[0]
+    for record in map(by_number, records):
         assert record["span_0/share"] == record["span_0/row_share_p95"] == 2 / 16  # the top k of every row
         assert record["span_0/always_skip_accuracy"] == 14 / 16
         assert 0 <= record["span_0/predictor_recall"] <= 1

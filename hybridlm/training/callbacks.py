@@ -1,6 +1,7 @@
 """What happens beside the steps of training: the router's bias, the progress bar, the metrics file."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from hybridlm.modeling.losses import update_selection_bias
+
+logger = logging.getLogger(__name__)
 
 SHOWN = {"loss": "loss", "bits_per_byte": "bits/byte", "tokens_per_second": "tok/s"}
 
@@ -47,6 +50,34 @@ class TrainingBar(ProgressCallback):
             shown = {label: f"{logs[key]:.4g}" for key, label in SHOWN.items() if key in logs}
             if shown:
                 self.training_bar.set_postfix(shown, refresh=False)
+
+
+class LogLines(TrainerCallback):
+    """Log a line a record where there is no bar; to the standard error where nobody has set up logging."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the plain figures; those of single layers and spans, with a slash, are in the metrics file."""
+        if not state.is_world_process_zero or not logs:
+            return
+        figures = [
+            f"{name} {_short(value)}" for name, value in logs.items() if "/" not in name and name != "total_flos"
+        ]
+        line = f"step {state.global_step}: {', '.join(figures)}"
+        if logger.hasHandlers():
+            logger.info(line)
+        else:
+            sys.stderr.write(line + "\n")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class MetricsFile(TrainerCallback):

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .callbacks import MetricsFile, SelectionBiasCallback, TrainingBar
+from .callbacks import LogLines, MetricsFile, SelectionBiasCallback, TrainingBar
 from .health import router_health
 from .parameter_groups import decayed_parameter_names
 from .span_metrics import span_metrics
@@ -77,12 +77,27 @@ class HybridTrainer(Trainer):
     chose and go to `metrics.jsonl`, the order of rows can be named (`rows_seen`), and a checkpoint appears under its
     name only when it is complete.
 
+    With `disable_tqdm` there is no bar, and the plain figures of each record go to the log instead.
+
     Args:
+        model: As for `transformers.Trainer`, like the next two.
+        args: The training arguments.
+        data_collator: Makes a batch of rows.
         decay_embeddings: Whether weight decay applies to embeddings too.
-        **kwargs: As for `transformers.Trainer`. The training data is a `PackedRows` or a `PackedStream`.
+        **kwargs: As for `transformers.Trainer`. The training data may be anything that it takes, such as a list of
+            dicts with `input_ids` and `labels`; bits per byte are told for `PackedRows` and `PackedStream`, which
+            count bytes.
     """
 
-    def __init__(self, *, decay_embeddings: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        *,
+        decay_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.decay_embeddings = decay_embeddings
         self.train_sampler: EpochSampler | None = None
         self._redirect: str | None = None
@@ -90,11 +105,10 @@ class HybridTrainer(Trainer):
         self._router_losses: dict[bool, list[Tensor]] = {True: [], False: []}  # in training, in evaluation
         self._step_of_log: int | None = None
         self._time_of_log: float | None = None
-        super().__init__(**kwargs)
+        super().__init__(model, args, data_collator, **kwargs)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
-        if not self.args.disable_tqdm:
-            self.add_callback(TrainingBar)
+        self.add_callback(LogLines if self.args.disable_tqdm else TrainingBar)
         self.add_callback(SelectionBiasCallback)
         self.add_callback(_EpochCallback(self))
         self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import math
 import sys
 
@@ -311,6 +312,25 @@ def test_records_carry_bits_per_byte_and_speed(tmp_path):
         assert record["tokens_per_second"] > 0
 
 
+def test_the_trainer_takes_what_trainer_takes(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    trainer = HybridTrainer(tiny_llama(), args, train_dataset=rows)
+    assert trainer.train().global_step == 1
+    assert HybridTrainer(tiny_llama(), args, default_collate).data_collator is default_collate
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_without_a_bar_a_line_a_record_tells_the_loss(tmp_path, caplog, capsys, monkeypatch, configured):
+    caplog.set_level("INFO", logger="hybridlm.training.callbacks")
+    if not configured:
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    make_trainer(tmp_path, max_steps=2).train()
+    said = [record.message for record in caplog.records] if configured else capsys.readouterr().err.splitlines()
+    for step in (1, 2):
+        assert [line for line in said if line.startswith(f"step {step}: loss ")], said
+
+
 def fill_disk(monkeypatch, name):
     """Make writing of one kind of file fail as on a full disk, after some bytes."""
 
@@ -385,7 +405,7 @@ def test_model_card_holds_the_measured_numbers_and_a_header_the_hub_reads():
         "data": {"path": "stdlib", "manifest_hash": "ab" * 32, "num_documents": 11, "length": 64},
         "tokens_seen": 5000,
         "training": {"steps": 3, "rows_per_step": 4, "learning_rate": 0.001, "schedule": "cosine", "seconds": 9.0}
-        | {"device": "1 CPU threads", "seed": 0},
+        | {"device": "1 CPU thread", "seed": 0},
         "versions": {"python": "3.11"},
         "shared_lines": 0.25,
     }

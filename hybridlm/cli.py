@@ -185,6 +185,11 @@ def upcycle_checkpoint(
     """Turn the SwiGLU of some layers into experts that are its copies: the same logits, and room to learn."""
     from .hub.upcycle import upcycle
 
+    if not src.exists() and str(src).replace("-", "_") in presets.preset_names():
+        raise ValueError(
+            f"{src}: a preset is a config without weights; build the model, train it and write its folder with "
+            "save_pretrained first, then upcycle that folder"
+        )
     depths = [depth.strip() for depth in layers.split(",")]
     numbers = [int(depth) for depth in depths] if all(depth.isdigit() for depth in depths) else layers
     upcycle(src, out, num_experts=experts, top_k=top_k, layers=numbers, noise=noise, seed=seed)

@@ -120,5 +120,9 @@ def _named(folder: str, name: str, suffix: str, what: str) -> Path:
         paths = {path.stem: path for path in sorted(data_path(*folder.split("/")).glob(f"*{suffix}"))}
     if wanted in paths:
         return paths[wanted]
-    near = difflib.get_close_matches(wanted, paths, n=3) or list(paths)
-    raise FileNotFoundError(f"{name}: no such {what}, file or folder; did you mean one of {near}?")
+    near = difflib.get_close_matches(wanted, paths, n=5)
+    if near:
+        hint = f"did you mean one of {near}?"
+    else:
+        hint = "see `hybridlm list`" if what == "model config" else f"the package has {list(paths)}"
+    raise FileNotFoundError(f"{name}: no such {what}, file or folder; {hint}")

@@ -136,7 +136,8 @@ def load_run_file(source: str | Path | dict[str, Any], overrides: list[str] | No
 
     Args:
         source: A path, the name of a run file that comes with the package, or its content.
-        overrides: Settings that replace the file's, such as `training.max_steps=5`; the value is YAML.
+        overrides: Settings that replace the file's, such as `training.max_steps=5`; the value is YAML. Of a model that
+            is named (`model.config: jamba`) the name can be replaced, and not a field.
 
     Raises:
         FileNotFoundError: There is no such run file.
@@ -196,10 +197,23 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals:
         raise ValueError(f"{override!r}: expected path=value, such as training.max_steps=5")
     *parents, last = path.split(".")
-    for parent in parents:
-        content[parent] = dict(content.get(parent) or {})
+    for depth, parent in enumerate(parents):
+        inner, place = content.get(parent) or {}, ".".join(parents[: depth + 1])
+        if not isinstance(inner, dict):
+            raise ValueError(f"{path}: {place} is {inner!r}, which has no settings inside{_instead(place, inner)}")
+        content[parent] = dict(inner)
         content = content[parent]
     content[last] = yaml.safe_load(value)
+
+
+def _instead(place: str, value: Any) -> str:
+    """What can be done where a preset is named and one of its fields was to be replaced."""
+    if place != "model.config" or not isinstance(value, str):
+        return ""
+    return (
+        "; its fields cannot be replaced one by one: copy the preset's config.json, change it there and give "
+        "model.config=PATH, or write the config out in the run file"
+    )
 
 
 def _build(kind: type, content: Any, path: str) -> Any:

@@ -89,6 +89,9 @@ def test_a_wrong_config_is_one_line_with_the_path_of_what_is_wrong(cli, tmp_path
     ("arguments", "message"),
     [
         (("describe", "jambo"), "jambo: no such model config"),
+        (("describe", "nosuch"), "nosuch: no such model config, file or folder; see `hybridlm list`"),
+        (("upcycle", "tiny_llama", "out"), "save_pretrained first"),
+        (("upcycle", "nowhere", "out"), "nowhere: no such folder"),
         (("describe", "tiny_llama", "--dtype", "int4"), "dtype: unknown 'int4'"),
         (("train", "nowhere.yaml"), "nowhere.yaml: no such run file"),
         (("import", "nowhere", "out"), "nowhere"),
@@ -101,6 +104,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(cli, arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_at_most_the_five_nearest_presets_are_named(cli):
+    said = cli("describe", "tiny_lama").stderr
+    assert "'tiny_llama'" in said
+    assert said.count("'") <= 10
 
 
 def test_the_traceback_is_there_on_request(cli, monkeypatch):

@@ -199,6 +199,20 @@ def test_run_file_is_read_with_overrides_and_numbers_without_a_dot(tmp_path):
         load_run_file(path, ["training.max_steps"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.config.foo=3", r"model\.config\.foo: model\.config is 'tiny_jamba', .* model\.config=PATH"),
+        ("model.config.norm.eps=3", r"model\.config\.norm\.eps: model\.config is 'tiny_jamba', .* model\.config=PATH"),
+        ("data.length.x=3", r"data\.length\.x: data\.length is 128, which has no settings inside$"),
+    ],
+)
+def test_a_field_of_what_is_no_dictionary_cannot_be_replaced(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_file("smoke", [override])
+    assert load_run_file("smoke", ["model.config=tiny_llama"]).model.config == "tiny_llama"
+
+
 @pytest.mark.parametrize("path", sorted(data_path("configs", "runs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_run_file_of_the_package_is_valid_and_its_model_builds(path, tokenizer):
     run_file = load_run_file(path.stem)

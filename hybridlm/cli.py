@@ -87,7 +87,8 @@ def _print_plan(name: str, plan: "Plan") -> None:
 
     total = plan.total
     moving = total.expected_step_flops != total.step_flops  # the data decide what runs
-    table = Table(title=f"{name}: {len(plan.layers)} layers, state at {plan.context} tokens in {plan.dtype}, one row")
+    depth = f"{len(plan.layers)} layer{'s' * (len(plan.layers) != 1)}"
+    table = Table(title=f"{name}: {depth}, state at {_tokens(plan.context)} in {plan.dtype}, one row")
     for title in ("layer", "recipe", "mixer", "channel mixer"):
         table.add_column(title)
     for title in ("parameters", "active", "state bytes", "FLOPs / token", *(["expected"] if moving else [])):

@@ -8,15 +8,15 @@ def summarize(results: dict[str, Any]) -> str:
     data, training = results["data"], results["training"]
     active = _active(results)
     lines = [
-        f"{results['name']}: {results['parameters']:,} parameters{active}, {training['steps']} steps, "
+        f"{results['name']}: {results['parameters']:,} parameters{active}, {_count(training['steps'], 'step')}, "
         f"{results['tokens_seen']:,} tokens in {training['seconds']:.0f} s",
-        f"data {data['path']}: {_documents(data['num_documents'])}, {data['num_bytes']:,} bytes, "
+        f"data {data['path']}: {_count(data['num_documents'], 'document')}, {data['num_bytes']:,} bytes, "
         f"manifest {data['manifest_hash']}",
     ]
     for score in results.get("heldout", []):
         lines.append(
             f"held-out bits per byte at {score['length']} tokens: {score['bits_per_byte']:.4f} "
-            f"({score['num_bytes']:,} bytes of {_documents(score['num_documents'])})"
+            f"({score['num_bytes']:,} bytes of {_count(score['num_documents'], 'document')})"
         )
     for rule, score in results.get("heldout_by_rule", {}).items():
         lines.append(f"the same at {score['length']} tokens, rule {rule}: {score['bits_per_byte']:.4f}")
@@ -38,9 +38,10 @@ def _active(results: dict[str, Any]) -> str:
     active, expected = results["active_parameters"], results.get("expected_active_parameters")
     if not active:
         return ""
-    mean = f", {expected:,} expected" if expected and expected != active else ""
-    return f" ({active:,} active at most{mean})" if mean else f" ({active:,} active)"
+    if not expected or expected == active:
+        return f" ({active:,} active)"
+    return f" (active at most {active:,}, expected {expected:,})"
 
 
-def _documents(count: int) -> str:
-    return f"{count:,} document{'s' * (count != 1)}"
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -75,6 +75,9 @@ def run(
     model = build_model(run_file.model, tokenizer)
     if run_file.evaluation.leaky_top_k:
         check_top_k(model, "evaluation.leaky_top_k")
+    if not resume:  # nothing can be refused any more
+        with args.main_process_first(desc="removing earlier checkpoints"):
+            _remove_checkpoints(output_dir)
     evaluated = args.eval_strategy != "no"
     trainer = HybridTrainer(
         model=model,
@@ -143,6 +146,9 @@ def _check_output_dir(output_dir: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(
             f"output_dir: {last!r} is of an earlier run; resume it, set overwrite to true, or name another folder"
         )
+
+
+def _remove_checkpoints(output_dir: Path) -> None:
     for checkpoint in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(checkpoint)
 

@@ -212,6 +212,9 @@ def test_finished_run_is_not_overwritten_unless_told(corpus, tmp_path):
     run(content)
     with pytest.raises(ValueError, match=r"output_dir: .*checkpoint-1"):
         run(content)
+    with pytest.raises(ValueError, match="leaky_top_k"):  # refused for another reason: nothing is lost
+        run(content | {"overwrite": True, "evaluation": {"lengths": [32], "leaky_top_k": True}})
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
     run(content | {"overwrite": True})
 
 

@@ -40,7 +40,8 @@ class HybridLMCausalLMOutput(MoeCausalLMOutputWithPast):
 
     Attributes:
         span_taken: For every span `[B, T]`, True at the tokens that went through it; with the router logits.
-        span_scores: For every span `[B, T]`, the scores that its choice was made from; with the router logits.
+        span_scores: For every span `[B, T]`, the scores that its choice was made from, 0 at tokens that did not reach
+            it; with the router logits.
     """
 
     span_taken: tuple[Tensor, ...] | None = None

@@ -55,8 +55,8 @@ class MixtureOfDepths(Span):
         bias_update_rate: Step of the bias for each unit of (capacity - share). The bias is added to the score: a larger
             one lets more tokens in.
         predictor_size: Width of the predictor's hidden layer; a quarter of D, at least 8, if not given.
-        ceiling: Largest share of the tokens seen so far in a document that may have entered; `None` for no limit. It
-            bounds the keys that the layers store.
+        ceiling: After n tokens of a document at most `ceil(ceiling * n)` have entered; `None` for no limit. It bounds
+            the keys that the layers store.
     """
 
     float32_names = ("threshold_bias",)

@@ -68,8 +68,8 @@ class TokenMerging(Span):
             share that the threshold of "cosine" goes; 0 fixes it.
         loss_coef: Factor of the ratio loss of "learned".
         stride: Tokens a group for "stride", and for it alone; 2 if not given.
-        ceiling: Largest share of the tokens seen so far in a document that may have entered; `None` for no limit. A
-            first token that may not enter joins the group before.
+        ceiling: After n tokens of a document at most `ceil(ceiling * n)` have entered; `None` for no limit. A first
+            token that may not enter joins the group before.
     """
 
     float32_names = ("threshold_bias",)

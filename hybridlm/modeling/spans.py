@@ -1,8 +1,9 @@
 """Spans: runs of layers that only some tokens pass through.
 
 A span chooses tokens, runs its layers on the shorter sequence and puts the results back: what enters is x, what leaves
-is x + w (inner(x) - x). Tokens that do not enter advance no state of the inner layers and leave no keys there. The
-choice for a token depends on tokens up to it only, except where a class says otherwise.
+is x + w (inner(x) - x). Tokens that do not enter advance no state of the inner layers and leave no keys there, and a
+window of attention inside counts those that entered. Tokens keep their position ids. The choice for a token depends on
+tokens up to it only, except where a class says otherwise.
 
 Shapes: B batch, T tokens around the span, T' tokens that enter, D hidden size, n residual streams. The stream is
 `[B, T, D]`, or `[B, T, n, D]` where there are several.
@@ -75,7 +76,7 @@ class Span(Float32Islands):
 
     Args:
         hidden_size: Width D.
-        ceiling: Largest share of the tokens seen so far in a document that may have entered; `None` for no limit.
+        ceiling: After n tokens of a document at most `ceil(ceiling * n)` have entered; `None` for no limit.
     """
 
     choice_type: type | None = None  # dataclass of the state behind `select`

@@ -25,7 +25,7 @@ from .masks import SequenceInfo, compiling
 from .mixer_attention import AttentionMixer, AttentionProduct
 from .norms import build_norm
 from .outputs import HybridLMModelOutput, leave_compaction, leave_spans
-from .passage import Journal
+from .passage import Journal, stream_mean
 from .quantization import with_skip_list
 from .registry import SPANS, build_part, build_residual_head, resolve_config, span_places
 from .remote_code import auto_map, foreign_parts, ship_code
@@ -199,6 +199,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
             span = build_part(config.spans[entry], SPANS, f"spans.{entry}", config.hidden_size)
             span.place(len(self.spans), start, stop, parent)
             self.spans.append(span)
+        self._span_at = {(span.parent, span.start): span.number for span in self.spans}
         self.residual_head = build_residual_head(config.residual, config.hidden_size)
         self.norm = build_norm(config.norm, config.hidden_size)
         self.gradient_checkpointing = False
@@ -326,13 +327,11 @@ class HybridLMModel(HybridLMPreTrainedModel):
         sequence.journal = journal = Journal(complete=bool(wanted))
         output = self._run_layers(inputs_embeds, sequence, cache, return_dict=True, **kwargs)
         if self.residual_head is not None and output.hidden_states:
-            output.hidden_states = tuple(
-                x.mean(2) if x is not None and x.dim() == 4 else x for x in output.hidden_states
-            )
+            output.hidden_states = tuple(None if x is None else stream_mean(x) for x in output.hidden_states)
         if cache is not None:
             cache.commit(length, real, sequence, rows)
         output.segment_ids = sequence.segment_ids
-        if self.spans:
+        if self.spans and (wanted or self.training):
             depths = self.moe_depths, self._depths("mixer", AttentionMixer)
             leave_spans(output, journal, *depths, with_records=self.training or "output_router_logits" in wanted)
         if compaction is not None:
@@ -380,15 +379,15 @@ class HybridLMModel(HybridLMPreTrainedModel):
         sequence: SequenceInfo,
     ) -> Tensor:
         """Layers `[start, stop)`, which lie inside the span `parent`, and the spans among them."""
-        spans = {span.start: span for span in self.spans if span.parent == parent}
         depth = start
         while depth < stop:
-            span = spans.get(depth)
-            if span is None:
+            number = self._span_at.get((parent, depth))
+            if number is None:
                 sequence.journal.layers.append((depth, sequence.passage))
                 hidden_states = self.layers[depth](hidden_states, sequence=sequence, past_key_values=cache)
                 depth += 1
             else:
+                span = self.spans[number]
                 inner = partial(self._run_range, span.start, span.stop, span.number, cache)
                 hidden_states = span(hidden_states, sequence, inner, cache)
                 depth = span.stop

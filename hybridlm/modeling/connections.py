@@ -8,14 +8,13 @@ Shapes: B batch, T tokens, n streams, D hidden size. The stream is `[B, T, D]`, 
 Reference: LayerScale: Touvron et al. 2021, "Going deeper with Image Transformers", arXiv:2103.17239.
 """
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .precision import Float32Islands, state_dtype
+from .precision import Float32Islands, without_autocast
 
 
 class Residual(Float32Islands):
@@ -154,16 +153,3 @@ class MeanHead(Float32Islands):
 def weighted_sum(weights: Tensor, stream: Tensor) -> Tensor:
     """The sum of the streams `[B, T, n, D]` by weights `[..., n]` of a wider type: `[B, T, D]` in the stream's type."""
     return (weights.unsqueeze(-1) * stream).sum(2).to(stream.dtype)
-
-
-def project(inputs: Tensor, weight: Tensor) -> Tensor:
-    """A linear map in float32 (float64 for float64 inputs), whatever autocast says."""
-    wide = state_dtype(inputs.dtype)
-    with without_autocast(inputs):
-        return nn.functional.linear(inputs.to(wide), weight.to(wide))
-
-
-def without_autocast(tensor: Tensor) -> Any:
-    """A context in which products have the type of their factors."""
-    device_type = tensor.device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -236,12 +236,15 @@ class Compaction:
         """`[B, T', ...]` to `[B, T, ...]`, 0 at pads; `dim` is where the tokens are."""
         values = values.movedim(dim, 1)
         restored = _gather(values, self.inverse)
-        real = self.real.reshape(*self.real.shape, *[1] * (values.dim() - 2))
-        return restored.masked_fill(~real, 0).movedim(1, dim)
+        return restored.masked_fill(~trailing(self.real, values), 0).movedim(1, dim)
 
 
 def _gather(values: Tensor, columns: Tensor) -> Tensor:
     if values.shape[0] != columns.shape[0]:
         values = values.expand(columns.shape[0], *values.shape[1:])
-    index = columns.reshape(*columns.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
-    return values.gather(1, index)
+    return values.gather(1, trailing(columns, values).expand(-1, -1, *values.shape[2:]))
+
+
+def trailing(tokens: Tensor, like: Tensor) -> Tensor:
+    """Something of each token, `[B, T]`, with as many dimensions of 1 behind as `like` `[B, T', ...]` has."""
+    return tokens.reshape(*tokens.shape, *[1] * (like.dim() - 2))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .masks import Compaction
+from .masks import Compaction, trailing
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Passage:
         compaction: The move of entering tokens to the front; `None` when they keep their places.
         mask: `[B, T]`, True at tokens that could enter; `None` for all.
         outer: The passage into the span around this one.
-        before: The stream around the span; kept only where hidden states are recorded.
+        before: `[B, T, D]`, the stream around the span, as hidden states are recorded; kept only where they are.
     """
 
     number: int
@@ -61,9 +61,9 @@ class Passage:
         taken = self.selection.taken
         lifted = values if self.compaction is None else self.compaction.restore(values)
         fill = torch.zeros_like(lifted)
-        if before:  # recorded hidden states are means over the residual streams
-            fill = self.before if self.before.dim() == lifted.dim() else self.before.mean(2)
-        return torch.where(taken.reshape(*taken.shape, *[1] * (lifted.dim() - 2)), lifted, fill)
+        if before:
+            fill = self.before
+        return torch.where(trailing(taken, lifted), lifted, fill)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Journal:
 
     Attributes:
         complete: Whether something is recorded: then every layer runs, and passages keep the stream around them.
-        passages: One a span, also where its layers did not run.
+        passages: One for each span whose layers ran.
         layers: Depth of each layer that ran, and how its tokens came there.
     """
 
@@ -100,6 +100,11 @@ class SpanRecord:
     wished: Tensor
     reached: Tensor
     sizes: Tensor | None = None
+
+
+def stream_mean(stream: Tensor) -> Tensor:
+    """`[B, T, D]`, the mean of the residual streams `[B, T, n, D]`, or the stream itself where there is one."""
+    return stream if stream.dim() == 3 else stream.mean(2)
 
 
 def lift_all(passage: Passage | None, values: Tensor, before: bool = False) -> Tensor:

@@ -5,6 +5,8 @@ when the rest of the model is cast. `model.double()` still raises them to float6
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,3 +36,18 @@ class Float32Islands(nn.Module):
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type a recurrent state is kept in: float32, or float64 for a float64 model."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(tensor: Tensor) -> Any:
+    """A context in which products have the type of their factors."""
+    device_type = tensor.device.type
+    if not torch.is_autocast_enabled(device_type):  # entering the context costs more than the product of one token
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def project(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map in float32 (float64 for float64 inputs), whatever autocast says."""
+    wide = state_dtype(inputs.dtype)
+    with without_autocast(inputs):
+        return nn.functional.linear(inputs.to(wide), weight.to(wide), None if bias is None else bias.to(wide))

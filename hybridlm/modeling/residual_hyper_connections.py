@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .connections import Gates, MeanHead, StreamResidual, project
+from .connections import Gates, MeanHead, StreamResidual
 from .norms import RMSNorm
+from .precision import project
 
 
 class HyperConnectionsResidual(StreamResidual):

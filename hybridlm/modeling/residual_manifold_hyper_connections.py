@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .connections import Gates, MeanHead, StreamResidual, project, weighted_sum
-from .precision import state_dtype
+from .connections import Gates, MeanHead, StreamResidual, weighted_sum
+from .precision import project, state_dtype
 
 # logit of a stream's own entry against each other one: at the start 0.95 of a stream goes on as itself when n = 4
 _OWN_STREAM = 4.0

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .dispatch import capacity_of, hashed_experts, tokens_of_experts, within_capacity
 from .loads import warn_if_nobody_applies
 from .masks import SequenceInfo
-from .precision import Float32Islands, state_dtype
+from .precision import Float32Islands, project, state_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -31,14 +31,6 @@ def check_name(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise the `ValueError` for an option that takes one of a few names."""
     if value not in allowed:
         raise ValueError(f"{option}: unknown {value!r}, expected one of {list(allowed)}")
-
-
-def _linear_without_autocast(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    device_type = hidden_states.device.type
-    if not torch.is_autocast_enabled(device_type):  # entering the context costs more than the product of one token
-        return nn.functional.linear(hidden_states, weight)
-    with torch.autocast(device_type, enabled=False):
-        return nn.functional.linear(hidden_states, weight)
 
 
 class Router(Float32Islands):
@@ -261,7 +253,7 @@ class Router(Float32Islands):
         hidden_states = hidden_states.to(wide)
         if self.jitter and self.training:
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - self.jitter, 1 + self.jitter)
-        router_logits = _linear_without_autocast(hidden_states, self.weight.to(wide))
+        router_logits = project(hidden_states, self.weight)
         scores = self.scores(router_logits)
         if self.routing == "expert_choice":
             return router_logits, *self._route_by_experts(scores, sequence)

@@ -16,8 +16,8 @@ from transformers import initialization as init
 
 from .loads import SpanLoad
 from .masks import SequenceInfo
-from .passage import Selection, SpanRecord
-from .precision import state_dtype
+from .passage import Selection, SpanRecord, stream_mean
+from .precision import project, state_dtype
 from .router import check_name
 from .spans import Span, ceil_share
 
@@ -116,12 +116,11 @@ class MixtureOfDepths(Span):
 
     def select(self, stream: Tensor, state: None, sequence: SequenceInfo) -> tuple[Selection, None]:
         """Score tokens and choose; see `Span.select`."""
-        inputs = self.summary(stream)
+        inputs = stream_mean(stream)
         inputs = inputs.to(state_dtype(inputs.dtype))
         inputs = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
-        with torch.autocast(inputs.device.type, enabled=False):
-            scores = _linear(self.router, inputs * self.hidden_size**-0.5)[..., 0]  # [B, T]
-            logits = scores if self.predictor is None else self._predict(inputs.detach())
+        scores = project(inputs * self.hidden_size**-0.5, self.router.weight, self.router.bias)[..., 0]  # [B, T]
+        logits = scores if self.predictor is None else self._predict(inputs.detach())
         if self.sees_the_future(sequence):
             wished = top_share(scores, self.capacity, sequence)
         elif self.rule == "random":
@@ -138,7 +137,7 @@ class MixtureOfDepths(Span):
 
     def _predict(self, inputs: Tensor) -> Tensor:
         hidden, activation, output = self.predictor
-        return _linear(output, activation(_linear(hidden, inputs)))[..., 0]
+        return project(activation(project(inputs, hidden.weight, hidden.bias)), output.weight, output.bias)[..., 0]
 
     def _draw(self, sequence: SequenceInfo) -> Tensor:
         """A fixed draw for each place in a document, another one in every span."""
@@ -172,12 +171,6 @@ class MixtureOfDepths(Span):
     def extra_repr(self) -> str:
         """Show the choice."""
         return f"layers={self.start}..{self.stop - 1}, capacity={self.capacity}, rule={self.rule}"
-
-
-def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
-    """A projection in the type of `inputs`."""
-    bias = None if module.bias is None else module.bias.to(inputs.dtype)
-    return nn.functional.linear(inputs, module.weight.to(inputs.dtype), bias)
 
 
 def top_share(scores: Tensor, capacity: float, sequence: SequenceInfo) -> Tensor:

@@ -20,9 +20,9 @@ from transformers import initialization as init
 
 from .document_loss import spread_over_documents, sum_by_document
 from .loads import NUM_COUNTS
-from .masks import SequenceInfo
-from .passage import Selection, SpanRecord
-from .precision import state_dtype
+from .masks import SequenceInfo, trailing
+from .passage import Selection, SpanRecord, stream_mean
+from .precision import project, state_dtype
 from .router import check_name
 from .spans import Span
 
@@ -212,16 +212,14 @@ class TokenMerging(Span):
 
     def _cosine(self, stream: Tensor, state: OpenGroup, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
         """The cosine of each token to the one before `[B, T]`, and the last token of every row `[B, D]`."""
-        tokens = self.summary(stream)
+        tokens = stream_mean(stream)
         tokens = tokens.to(state_dtype(tokens.dtype))
         if self.query_proj is None:
             tokens = tokens.detach()
         before = torch.zeros_like(tokens[:, 0]) if state.last is None else state.last
         queries, keys = tokens, _shifted(tokens, before)
         if self.query_proj is not None:
-            with torch.autocast(tokens.device.type, enabled=False):
-                queries = nn.functional.linear(queries, self.query_proj.weight.to(tokens.dtype))
-                keys = nn.functional.linear(keys, self.key_proj.weight.to(tokens.dtype))
+            queries, keys = project(queries, self.query_proj.weight), project(keys, self.key_proj.weight)
         cosine = nn.functional.cosine_similarity(queries, keys, dim=-1).clamp(-1, 1)
         return cosine, _last(tokens, before, sequence)
 
@@ -344,10 +342,10 @@ def _sum_by_group(values: Tensor, before: Tensor | None, number: Tensor) -> Tens
     """Sum `[B, T, ...]` over the tokens of a group, `[B, 1 + T, ...]`; group 0 begins with `before` `[B, ...]`."""
     first = torch.zeros_like(values[:, 0]) if before is None else before
     sums = torch.cat([first[:, None], torch.zeros_like(values)], dim=1)
-    return sums.scatter_add(1, number.reshape(*number.shape, *[1] * (values.dim() - 2)).expand_as(values), values)
+    return sums.scatter_add(1, trailing(number, values).expand_as(values), values)
 
 
 def _of_group(sums: Tensor, number: Tensor) -> Tensor:
     """Read `[B, G, ...]` at the groups `[B, T]`."""
-    index = number.reshape(*number.shape, *[1] * (sums.dim() - 2)).expand(*number.shape, *sums.shape[2:])
+    index = trailing(number, sums).expand(*number.shape, *sums.shape[2:])
     return sums.gather(1, index)

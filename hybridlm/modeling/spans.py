@@ -22,8 +22,8 @@ from .cache_layer import SpanCache
 from .hold import Held, hold_last, hold_mean
 from .loads import NUM_COUNTS, span_counts, warn_if_nobody_applies
 from .losses import document_mean_loss, label_tokens_per_document
-from .masks import Compaction, SequenceInfo, compiling
-from .passage import Passage, Selection, SpanRecord
+from .masks import Compaction, SequenceInfo, compiling, trailing
+from .passage import Passage, Selection, SpanRecord, stream_mean
 from .precision import Float32Islands, state_dtype
 from .stream import RowState, select_tokens
 
@@ -102,7 +102,7 @@ class Span(Float32Islands):
         """Decide which tokens would enter; the ceiling comes after.
 
         Args:
-            stream: `[B, T, D]` or `[B, T, n, D]`; `summary` makes one vector a token of it.
+            stream: `[B, T, D]` or `[B, T, n, D]`; `stream_mean` makes one vector a token of it.
             state: What the last call returned, or `None` at the start.
             sequence: The call.
 
@@ -110,11 +110,6 @@ class Span(Float32Islands):
             The decision and the state after the call.
         """
         raise NotImplementedError
-
-    @staticmethod
-    def summary(stream: Tensor) -> Tensor:
-        """`[B, T, D]`, the mean of the residual streams."""
-        return stream if stream.dim() == 3 else stream.mean(2)
 
     def max_tokens(self, num_tokens: int) -> int:
         """Most tokens that enter among the first `num_tokens` of a document, outside of top-k training."""
@@ -184,15 +179,14 @@ class Span(Float32Islands):
         selection.taken = selection.wished
         if self.ceiling is not None and not self.sees_the_future(sequence):
             selection.taken = under_ceiling(selection.wished, self.ceiling, sequence, rows)
-        inside, compaction, after = select_tokens(sequence, selection.taken, rows, selection.positions)
-        journal = sequence.journal
-        before = stream if journal.complete else None
-        inside.passage = Passage(self.number, selection, compaction, sequence.token_mask, sequence.passage, before)
-        journal.passages.append(inside.passage)
-        entering = stream if selection.inputs is None else selection.inputs
         # in training the layers always run, so that every parameter gets a gradient and every process its collectives
-        delta = None
+        journal, delta, compaction = sequence.journal, None, None
         if compiling() or self.training or journal.complete or bool(selection.taken.any()):
+            inside, compaction, after = select_tokens(sequence, selection.taken, rows, selection.positions)
+            before = stream_mean(stream) if journal.complete else None
+            inside.passage = Passage(self.number, selection, compaction, sequence.token_mask, sequence.passage, before)
+            journal.passages.append(inside.passage)
+            entering = stream if selection.inputs is None else selection.inputs
             entering = entering if compaction is None else compaction.apply(entering)
             if entry is not None:
                 entry.stream.plan(inside, cache.record_window)
@@ -203,7 +197,7 @@ class Span(Float32Islands):
             return stream
         update = self._spread(stream, delta, selection, compaction, sequence, entry)
         if selection.weight is not None:
-            update = update * _unsqueeze(selection.weight, update).to(update.dtype)
+            update = update * trailing(selection.weight, update).to(update.dtype)
         return stream + update
 
     def sees_the_future(self, sequence: SequenceInfo) -> bool:
@@ -238,7 +232,7 @@ class Span(Float32Islands):
         entry: SpanCache | None,
     ) -> Tensor:
         """What each token around the span gets of what the inner layers added, like the stream."""
-        taken = _unsqueeze(selection.taken, stream)
+        taken = trailing(selection.taken, stream)
         if delta is None:
             update = torch.zeros_like(stream)
         else:
@@ -251,18 +245,13 @@ class Span(Float32Islands):
         if selection.retain is not None:
             retain = selection.retain.to(wide)
             keep = torch.where(selection.taken, retain, keep)
-            update = update * _unsqueeze(1 - retain, update).to(update.dtype)
+            update = update * trailing(1 - retain, update).to(update.dtype)
         if sequence.starts is not None:
             keep = keep.masked_fill(sequence.starts, 0.0)
         packed = torch.cat([keep[..., None], update.flatten(2).to(wide)], dim=-1)
         hold = hold_last if selection.retain is None else hold_mean
         held = hold(packed, None, sequence)[0] if entry is None else entry.held.run(hold, packed, sequence)
         return held.to(stream.dtype).view_as(stream)
-
-
-def _unsqueeze(values: Tensor, like: Tensor) -> Tensor:
-    """`[B, T]` with the trailing dimensions of `like`."""
-    return values.reshape(*values.shape, *[1] * (like.dim() - 2))
 
 
 def span_losses(

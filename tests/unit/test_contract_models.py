@@ -5,6 +5,7 @@ A test's id is the promise and the part that keeps it, e.g. `step_is_scan-mamba`
 
 import pytest
 import torch
+from promises import CHECKS_OF_STREAMS, EXACT, FLOAT32, holds, holds_every_pair
 from transformers import DataCollatorWithFlattening
 from variants import (
     CHANNEL_VARIANTS,
@@ -25,13 +26,6 @@ from hybridlm import MIXERS
 from hybridlm.testing import CHECKS, Subject, state_influence
 from hybridlm.testing.base import NotApplicable
 
-EXACT = 1e-9
-TOLERANCES = {
-    # transformers' loss function computes in float32, whatever the model's type
-    "losses_add_up": 1e-6,
-    "packed_losses_add_up": 1e-6,
-    "bf16_is_close": 0.08,
-}
 SLOW = {"compiled_decode", "long_input"}  # run apart, on fewer models
 # bigger cases of these run apart
 THOROUGH = [name for name in CHECKS if name not in SLOW]
@@ -106,12 +100,6 @@ REFUSED = {
 }
 
 
-def holds(check, subject, **options):
-    error = CHECKS[check](subject, **options)
-    limit = TOLERANCES.get(check, EXACT)
-    assert error <= limit, f"{CHECKS[check].promise}: relative error {error:.1e} is above {limit:.0e}"
-
-
 @pytest.mark.parametrize("variant", BASES)
 @pytest.mark.parametrize("check", THOROUGH)
 def test_a_stack_of_one_mixer_keeps_every_promise(check, variant):
@@ -160,13 +148,7 @@ def test_every_pair_of_parts_keeps_the_promises(name, check):
 
 
 def test_the_pairwise_models_hold_every_pair():
-    rows = list(PAIRWISE.values())
-    for a in FACTORS:
-        for b in FACTORS:
-            if a != b:
-                held = {(row[a], row[b]) for row in rows}
-                missing = [pair for pair in IMPOSSIBLE if pair.keys() == {a, b}]
-                assert len(held) == len(FACTORS[a]) * len(FACTORS[b]) - len(missing), f"{a} x {b}"
+    holds_every_pair(FACTORS, PAIRWISE.values(), IMPOSSIBLE)
 
 
 @pytest.mark.parametrize("variant", [name for name in MIXER_VARIANTS if name != FORGETFUL])
@@ -181,10 +163,10 @@ def test_dropping_any_part_of_the_state_of_a_pairwise_model_moves_the_logits(nam
     assert min(state_influence(pairwise_subject(name)).values()) >= 0.01
 
 
-@pytest.mark.parametrize("check", ["chunked_continuation", "step_is_scan", "pads_in_stream", "packed_by_seq_idx"])
+@pytest.mark.parametrize("check", CHECKS_OF_STREAMS)
 @pytest.mark.parametrize("variant", BASES)
 def test_the_promises_hold_in_float32(variant, check):
-    assert CHECKS[check](mixer_subject(variant, torch.float32)) <= 1e-4
+    holds(check, mixer_subject(variant, torch.float32), FLOAT32)
 
 
 @pytest.mark.parametrize("variant", BASES)

@@ -29,13 +29,15 @@ def bf16_is_close(subject: Subject) -> float:
 
 
 def recurrent_states_are_wide(subject: Subject) -> float:
-    """In a bfloat16 model recurrent states are float32."""
+    """In a bfloat16 model recurrent states, and what spans keep, are float32."""
     narrow = subject.like(subject.copy_of_model().float().bfloat16(), subject.input_ids)
     cache = narrow.new_cache()
     narrow.forward(subject.input_ids, cache)
-    for number, layer in enumerate(cache.layers):
-        state = getattr(layer, "recurrent_states", None)
-        assert state is None or state.dtype == torch.float32, f"layer {number}: recurrent state is {state.dtype}"
+    for number, part in cache.parts().items():
+        of_span = number.startswith("span")
+        for name, state in part.named_tensors().items():
+            if state.is_floating_point() and (of_span or name.endswith("recurrent_states")):
+                assert state.dtype == torch.float32, f"{number}.{name} is {state.dtype}"
     return 0.0
 
 

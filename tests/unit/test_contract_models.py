@@ -11,14 +11,18 @@ from variants import (
     CHANNEL_VARIANTS,
     FACTORS,
     IMPOSSIBLE,
+    MAMBA,
+    MAMBA2,
     MIXER_VARIANTS,
     PAIRWISE,
     STREAMS,
     STRUCTURES,
+    build,
     channel_subject,
     hybrid_subject,
     mixer_subject,
     pairwise_subject,
+    small,
     structure_subject,
 )
 
@@ -197,6 +201,12 @@ def test_a_compiled_decoding_step_gives_the_eager_logits(subject):
 @pytest.mark.parametrize("variant", [name for name in MIXERS if name != "attention"])
 def test_long_inputs_give_no_nan(variant):
     holds("long_input", mixer_subject(variant))
+
+
+@pytest.mark.parametrize("residual", STREAMS)
+def test_long_inputs_along_several_streams_give_no_nan(residual):
+    layers = [(MAMBA, small("mlp")), (MAMBA2, small("swiglu"))]
+    holds("long_input", Subject(build(layers, residual=STREAMS[residual])))
 
 
 @pytest.mark.slow

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from promises import EXACT, holds, holds_every_pair
-from span_variants import SPAN_FACTORS, SPAN_PAIRS, SPAN_VARIANTS, span_pair_subject, span_subject
+from promises import CHECKS_OF_STREAMS, EXACT, FLOAT32, holds, holds_every_pair
+from span_variants import (
+    SPAN_FACTORS,
+    SPAN_PAIRS,
+    SPAN_VARIANTS,
+    recurrent_span_subject,
+    span_pair_subject,
+    span_subject,
+)
 
 from hybridlm.testing import CHECKS, relative_error, state_influence
 
@@ -77,6 +84,20 @@ def test_some_tokens_enter_a_span_and_some_do_not(variant):
 def test_dropping_any_part_of_the_state_moves_the_logits_by_a_hundredth_of_their_scale(variant):
     influence = state_influence(span_subject(variant))
     assert min(influence.values()) >= 0.01, influence
+
+
+@pytest.mark.parametrize("check", CHECKS_OF_STREAMS)
+@pytest.mark.parametrize("variant", ["mod-random", "mod-ceiling", "merge-stride-mean"])  # no scores, no near ties
+def test_the_promises_hold_in_float32(variant, check):
+    holds(check, span_subject(variant, torch.float32), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["mod-threshold", "mod-ceiling", "mod-nested", "merge-learned-mean", "merge-around_depths", "merge-nested"],
+)
+def test_long_inputs_give_no_nan(variant):
+    holds("long_input", recurrent_span_subject(variant))
 
 
 @pytest.mark.parametrize(

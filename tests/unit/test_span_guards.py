@@ -57,11 +57,17 @@ def hold_across_borders(monkeypatch):
         monkeypatch.setattr(spans, name, without_reset)
 
 
+def hold_in_the_type_of_the_stream(monkeypatch):
+    """What later tokens read is kept in bfloat16."""
+    monkeypatch.setattr(spans, "state_dtype", lambda dtype: dtype)
+
+
 GUARDS = [
     (forget_borders, "mod-threshold", "packed_with_pads"),
     (forget_the_count, "mod-ceiling", "step_is_scan"),
     (keep_what_was_taken_back, "mod-threshold", "rollback_again_and_again"),
     (hold_across_borders, "merge-stride-mean", "packed_with_pads"),
+    (hold_in_the_type_of_the_stream, "merge-stride-first", "recurrent_states_are_wide"),
 ]
 
 

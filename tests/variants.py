@@ -16,11 +16,20 @@ ATTENTION = {"name": "attention", "num_heads": 4, "num_kv_heads": 2, "position":
 WINDOW = ATTENTION | {"window": 5}
 MAMBA = {"name": "mamba", "state_size": 4}
 MAMBA2 = {"name": "mamba2", "state_size": 4, "head_dim": 8, "chunk_size": 4}
+# a learning rate far above the stable one, so that 37 tokens leave a memory that matters
+MEMORY = {"name": "neural_memory", "num_heads": 2, "head_dim": 4, "chunk_size": 5, "conv_kernel": 3}
+MEMORY |= {"max_learning_rate": 8.0, "max_gradient": 3.0, "max_curvature": 2.0}
+MEMORIZING = {"name": "memorizing", "num_heads": 4, "num_kv_heads": 2, "position": ROPE}
+MEMORIZING |= {"window": 3, "memory_size": 5, "top_k": 2}
+XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size": 3}
 # options that make a registered part small; a part that is not named here runs with its defaults, a little wider
 SMALL = {
     "attention": ATTENTION,
     "mamba": MAMBA,
     "mamba2": MAMBA2,
+    "neural_memory": MEMORY,
+    "memorizing": MEMORIZING,
+    "transformer_xl": XL,
     "mlp": {"name": "mlp", "intermediate_size": 24},
     "swiglu": {"name": "swiglu", "intermediate_size": 24},
     "moe": {"name": "moe", "num_experts": 4, "intermediate_size": 12},
@@ -73,6 +82,29 @@ MIXER_VARIANTS = {
     "mamba2-biases": MAMBA2 | {"bias": True, "conv_bias": False},
     "mamba2-sizes": MAMBA2 | {"num_heads": 3, "conv_kernel": 2, "chunk_size": 64},
     "mamba2-no_convolution": MAMBA2 | {"conv_kernel": 1, "chunk_size": 1},
+    "neural_memory-linear": MEMORY | {"memory_depth": 1, "forget_to": "zero"},
+    "neural_memory-deep": MEMORY | {"memory_depth": 4, "memory_bias": True, "memory_activation": "silu"},
+    "neural_memory-ttt": MEMORY
+    | {"memory_residual": True, "momentum": False, "forgetting": False, "memory_bias": True},
+    "neural_memory-token_chunks": MEMORY | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False},
+    "neural_memory-omega": MEMORY
+    | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5, "max_learning_rate": 40.0},
+    "neural_memory-atlas": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0},
+    "neural_memory-moneta": MEMORY | {"objective": "lp", "retention": "lq", "normalize_values": False},
+    "neural_memory-memora": MEMORY
+    | {"retention": "kl", "retention_q": 4.0, "momentum": False, "objective": "kl", "objective_threshold": 0.2}
+    | {"max_learning_rate": 30.0},
+    "neural_memory-elastic_net": MEMORY | {"retention": "elastic_net", "memory_depth": 1, "objective": "dot"},
+    "neural_memory-unbounded": MEMORY | {"max_gradient": None, "max_curvature": None, "max_learning_rate": 3.0},
+    "neural_memory-detached": MEMORY | {"detach_memory": True, "output_norm": False},
+    "memorizing-all_of_the_store": MEMORIZING | {"top_k": 5, "position": {"name": "none"}},
+    "memorizing-no_detach": MEMORIZING | {"detach_memory": False},
+    "memorizing-multi_query": MEMORIZING | {"num_kv_heads": 1, "head_dim": 6, "top_k": 4, "window": 2},
+    "memorizing-long_store": MEMORIZING | {"memory_size": 40, "top_k": 3, "gate_init": 1.0, "scale_init": 4.0},
+    "transformer_xl-no_detach": XL | {"detach_memory": False},
+    "transformer_xl-long_memory": XL | {"memory_size": 11, "head_dim": 3},
+    "transformer_xl-no_memory": XL | {"memory_size": 0, "segment_size": 6},
+    "transformer_xl-moving_window": XL | {"segment_size": 1, "memory_size": 5, "detach_memory": False},
 }
 
 CHANNEL_VARIANTS = {

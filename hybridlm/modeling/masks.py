@@ -41,6 +41,7 @@ class SequenceInfo:
         attn_implementation: name in transformers' attention interface.
         use_cache: whether the state after this call is wanted.
         need_weights: whether attention weights are recorded in this call.
+        need_trace: whether the traces of memories are recorded in this call.
         promote: whether cache entries move their checkpoint forward before this call (see `cache.py`).
         parts: the call cut in two, when the cache needs a checkpoint inside it.
         passage: how the tokens of this call entered the innermost span around the layer; `None` outside of spans.
@@ -64,6 +65,7 @@ class SequenceInfo:
     attn_implementation: str = "sdpa"
     use_cache: bool = False
     need_weights: bool = False
+    need_trace: bool = False
     promote: bool = False
     parts: "list[SequenceInfo] | None" = None
     passage: Any = None
@@ -154,6 +156,13 @@ class SequenceInfo:
         if shorter.lengths is not None and not compiling() and bool((shorter.lengths == num_tokens).all()):
             shorter.lengths = shorter.token_mask = None
         return shorter
+
+
+def plain_sequence(hidden_states: Tensor) -> SequenceInfo:
+    """One document a row, no pads, no past."""
+    batch, length = hidden_states.shape[:2]
+    index = torch.arange(length, device=hidden_states.device).expand(batch, -1)
+    return SequenceInfo(num_tokens=length, index=index, positions=index, use_cache=True)
 
 
 def join(calls: list[SequenceInfo]) -> SequenceInfo:

@@ -17,16 +17,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .cache_entries import KeyValueStore
-from .masks import SequenceInfo, compiling
+from .heads import check_heads
+from .masks import SequenceInfo, compiling, plain_sequence
 from .norms import RMSNorm
-from .position_none import NoPosition
-from .position_rope import RopePosition
+from .positions import build_position
 from .precision import state_dtype
 from .window import WindowState, extend, slot_index
 
 logger = logging.get_logger(__name__)
-
-POSITIONS = {"none": NoPosition, "rope": RopePosition}
 
 
 def eager_attention(
@@ -154,7 +152,8 @@ class AttentionMixer(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self._check(hidden_size, num_heads, num_kv_heads, head_dim, window, num_sinks, logit_softcap, dropout)
+        check_heads(hidden_size, num_heads, num_kv_heads, head_dim, dropout)
+        self._check(window, num_sinks, logit_softcap)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.window, self.num_sinks = window, num_sinks
@@ -168,40 +167,19 @@ class AttentionMixer(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=qk_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=qk_norm_eps) if qk_norm else None
         self.sinks = nn.Parameter(torch.empty(num_heads)) if learned_sinks else None
-        options = {"name": "none"} if position is None else dict(position)
-        try:
-            self.position = POSITIONS[options.pop("name")](self.head_dim, **options)
-        except ValueError as error:
-            raise ValueError(f"position.{error}") from error
+        self.position = build_position(position, self.head_dim)
         scaling = self.head_dim**-0.5 if scale is None else scale
         self.product = AttentionProduct(num_heads // num_kv_heads, scaling)
         self.init_weights(0.02)
 
     @staticmethod
-    def _check(
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int | None,
-        window: int | None,
-        num_sinks: int,
-        logit_softcap: float | None,
-        dropout: float,
-    ) -> None:
-        if num_heads < 1 or (head_dim is None and hidden_size % num_heads):
-            raise ValueError(f"num_heads={num_heads} must divide hidden_size={hidden_size}, or head_dim must be given")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
-        if head_dim is not None and head_dim < 1:
-            raise ValueError(f"head_dim={head_dim} must be positive")
+    def _check(window: int | None, num_sinks: int, logit_softcap: float | None) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window={window} must be at least 1, or null for full attention")
         if num_sinks < 0 or (num_sinks and window is None):
             raise ValueError(f"num_sinks={num_sinks} must be at least 0, and needs a window")
         if logit_softcap is not None and logit_softcap <= 0:
             raise ValueError(f"logit_softcap={logit_softcap} must be positive")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
 
     def init_weights(self, std: float) -> None:
         """Start the learned sinks."""
@@ -408,10 +386,3 @@ class AttentionMixer(nn.Module):
         weights = scores.exp()
         total = weights.sum(-1) + (0 if self.sinks is None else self.sinks.to(scores.dtype).exp())
         return torch.einsum("hs,hsk->hk", weights / total[:, None], values)
-
-
-def plain_sequence(hidden_states: Tensor) -> SequenceInfo:
-    """One document a row, no pads, no past."""
-    batch, length = hidden_states.shape[:2]
-    index = torch.arange(length, device=hidden_states.device).expand(batch, -1)
-    return SequenceInfo(num_tokens=length, index=index, positions=index, use_cache=True)

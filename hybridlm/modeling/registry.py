@@ -16,17 +16,28 @@ from torch import nn
 from .channel_mlp import MLP
 from .channel_moe import MoE
 from .channel_swiglu import SwiGLU
-from .mixer_attention import POSITIONS, AttentionMixer
+from .mixer_attention import AttentionMixer
 from .mixer_mamba import MambaMixer
 from .mixer_mamba2 import Mamba2Mixer
+from .mixer_memorizing import MemorizingMixer
+from .mixer_neural_memory import NeuralMemoryMixer
+from .mixer_transformer_xl import TransformerXLMixer
 from .norms import NORMS
+from .positions import POSITIONS
 from .residual_add import AddResidual
 from .residual_hyper_connections import HyperConnectionsResidual
 from .residual_manifold_hyper_connections import ManifoldHyperConnectionsResidual
 from .span_mixture_of_depths import MixtureOfDepths
 from .span_token_merging import TokenMerging
 
-MIXERS = {"attention": AttentionMixer, "mamba": MambaMixer, "mamba2": Mamba2Mixer}
+MIXERS = {
+    "attention": AttentionMixer,
+    "mamba": MambaMixer,
+    "mamba2": Mamba2Mixer,
+    "memorizing": MemorizingMixer,
+    "neural_memory": NeuralMemoryMixer,
+    "transformer_xl": TransformerXLMixer,
+}
 CHANNEL_MIXERS = {"mlp": MLP, "moe": MoE, "swiglu": SwiGLU}
 RESIDUALS = {
     "add": AddResidual,

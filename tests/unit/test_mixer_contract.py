@@ -14,6 +14,7 @@ from torch import nn
 from variants import CHANNEL_VARIANTS, MIXER_VARIANTS, SMALL
 
 from hybridlm import CHANNEL_MIXERS, MIXERS
+from hybridlm.modeling.cache_entries import fields_of
 from hybridlm.modeling.registry import NORMS, RESIDUALS, SPANS, options_of
 from hybridlm.modeling.stream import RowState, build_sequence
 from hybridlm.testing import relative_error, scale_weights
@@ -96,7 +97,7 @@ def draw_calls(part):
 def tensors(state):
     """The tensors of a state by name, at their live size."""
     if dataclasses.is_dataclass(state):
-        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        return fields_of(state)
     return {} if state is None else state.tensors()
 
 

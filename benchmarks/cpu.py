@@ -28,6 +28,7 @@ import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
 import hybridlm  # noqa: E402, F401  registers the classes
+from hybridlm.analysis.machine import processor_name  # noqa: E402
 from hybridlm.hub.native import import_native  # noqa: E402
 
 SHAPE = {"hidden_size": 512, "vocab_size": 8192, "max_position_embeddings": 16384}
@@ -202,7 +203,7 @@ def main() -> int:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    machine.update(python=platform.python_version(), processor=_processor())
+    machine.update(python=platform.python_version(), processor=processor_name())
     print(" ".join(f"{key} {value}" for key, value in machine.items()))
     print(f"{'family':8} {'what':14} {'median':>7} {'quartiles':>15} {'bound':>8}  met")
     rows = []
@@ -232,12 +233,6 @@ def main() -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return 0 if all(row["met"] for row in rows) else 1
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ import platform
 import sys
 from pathlib import Path
 
-from cpu import _processor, ratios  # sets the threads, before torch is imported
+from cpu import ratios  # sets the threads, before torch is imported
 
 import torch  # isort: skip
 import transformers  # isort: skip
 
 from hybridlm import HybridLMConfig  # isort: skip
+from hybridlm.analysis.machine import processor_name  # isort: skip
 from hybridlm.modeling.backbone import HybridLMModel  # isort: skip
 
 LENGTH, BOUND = 4096, 0.3
@@ -75,7 +76,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {**versions, "python": platform.python_version(), "processor": _processor()}
+    machine = {**versions, "python": platform.python_version(), "processor": processor_name()}
     print(" ".join(f"{key} {value}" for key, value in machine.items()))
     rows = []
     for name, recipe in STACKS.items():

@@ -34,6 +34,7 @@ from isoflop_report import draw, sentences, summarize, table  # noqa: E402
 from isoflop_run import load_data, run, run_hash  # noqa: E402
 
 import hybridlm  # noqa: E402
+from hybridlm.analysis.machine import processor_name  # noqa: E402
 
 logger = logging.getLogger("isoflop")
 QUICK_ARMS = ["plain", "mod", "moe"]
@@ -82,19 +83,12 @@ def run_all(arms: list[str], seeds: int, settings: Settings, jobs: int, folder: 
     return [results[arm, seed] for arm in arms for seed in range(seeds)]
 
 
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def describe(settings: Settings, jobs: int) -> dict[str, Any]:
     """Everything that the figures depend on."""
     rows, windows, manifest_hash = load_data(settings.length, settings.heldout_windows)
     return {
         "machine": {
-            "processor": processor(),
+            "processor": processor_name(),
             "processes": jobs,
             "threads_per_process": 1,
             "python": platform.python_version(),

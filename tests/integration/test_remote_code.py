@@ -21,6 +21,7 @@ import hybridlm
 from hybridlm import CHANNEL_MIXERS, MIXERS, HybridLMConfig, HybridLMForCausalLM
 from hybridlm.modeling.registry import POSITIONS
 from hybridlm.modeling.remote_code import AUTO_CLASSES
+from hybridlm.presets import load_config
 
 HERE = Path(__file__).parent
 HEADS = {auto: getattr(hybridlm, name) for auto, name in AUTO_CLASSES.items()}
@@ -42,6 +43,13 @@ def leaky_config():
     }
     sizes = {"vocab_size": 48, "hidden_size": 32, "initializer_range": 0.3}
     return HybridLMConfig(layer_specs=specs, layer_layout=["a", "b"], num_hidden_layers=2, **sizes)
+
+
+def everything_config():
+    """The preset with experts, streams and nested spans, drawn wide."""
+    config = load_config("tiny_everything")
+    config.initializer_range = 0.3
+    return config
 
 
 def child(*arguments, home):
@@ -69,6 +77,7 @@ def loaded(tmp_path_factory, leaky):
     streams = {"name": "manifold_hyper_connections", "num_streams": 2}
     models["AutoModelForCausalLM-streams"] = build("hybrid", torch.bfloat16, residual=streams)
     models["AutoModelForCausalLM-tied"] = build("mamba", torch.float32, tie_word_embeddings=True)
+    models["AutoModelForCausalLM-everything"] = HybridLMForCausalLM(everything_config()).eval()
     here = {}
     for name, model in models.items():
         model.save_pretrained(root / name)
@@ -80,7 +89,7 @@ def loaded(tmp_path_factory, leaky):
     return SimpleNamespace(root=root, here=here)
 
 
-NAMES = [*HEADS, *(f"AutoModelForCausalLM-{kind}" for kind in ("leaky", "bf16", "streams", "tied"))]
+NAMES = [*HEADS, *(f"AutoModelForCausalLM-{kind}" for kind in ("leaky", "bf16", "streams", "tied", "everything"))]
 
 
 @pytest.mark.parametrize("name", NAMES)

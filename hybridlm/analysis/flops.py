@@ -6,7 +6,7 @@ exponentials included. Norms, activations, softmax, rotations and the look-up of
 Shapes: D hidden size, I inner width, H heads, K head width, P width of a Mamba-2 head, N state size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -117,11 +117,62 @@ def mixing_flops(name: str, part: nn.Module, num_past: int) -> int:
     return counter.products + counter.others - product_flops(part)
 
 
+def step_flops(name: str, part: nn.Module, num_past: int) -> int:
+    """The same for a token that comes alone, as in decoding, where a part does something else then."""
+    return _STEPS.get(name, mixing_flops)(name, part, num_past)
+
+
+def prefill_flops(name: str, part: nn.Module, num_tokens: int) -> int:
+    """The sum of `mixing_flops` over the first tokens of a document; it grows by equal steps between `_BREAKS`."""
+    breaks = _BREAKS[name](part, num_tokens) if name in _BREAKS else ()
+    borders = sorted({0, num_tokens, *(place for place in breaks if place < num_tokens)})
+    total = 0
+    for start, stop in zip(borders, borders[1:], strict=False):
+        ends = mixing_flops(name, part, start) + mixing_flops(name, part, stop - 1)
+        total += (stop - start) * ends // 2
+    return total
+
+
 def _attention(part: nn.Module, num_past: int) -> int:
     visible = num_past + 1
     if part.window is not None:
         visible = min(visible, part.window + part.num_sinks)
     return 4 * part.num_heads * part.head_dim * visible  # scores, and values times weights
+
+
+def _attention_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
+    return () if part.window is None else (part.window + part.num_sinks,)
+
+
+def _memorizing(part: nn.Module, num_past: int) -> int:
+    local, stored = min(num_past + 1, part.window), min(max(num_past + 1 - part.window, 0), part.memory_size)
+    products = 2 * local + stored + min(stored, part.top_k)  # every stored key is compared, the chosen are read
+    return 2 * part.num_heads * part.head_dim * products
+
+
+def _memorizing_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
+    return (part.window, part.window + part.top_k, part.window + part.memory_size)
+
+
+def _xl_visible(part: nn.Module, num_past: int) -> int:
+    return min(num_past, num_past % part.segment_size + part.memory_size) + 1
+
+
+def _transformer_xl(part: nn.Module, num_past: int) -> int:
+    width = part.num_heads * part.head_dim
+    encoded = 2 * width * part.hidden_size if num_past <= part.farthest else 0  # one more distance, until all are
+    return encoded + 6 * width * _xl_visible(part, num_past)  # scores by content and distance, and values
+
+
+def _transformer_xl_step(name: str, part: nn.Module, num_past: int) -> int:
+    """The query is brought to the distances, instead of the distances to the heads."""
+    visible = _xl_visible(part, num_past)
+    by_distance = part.num_heads * part.hidden_size * (part.head_dim + visible)
+    return 2 * by_distance + 4 * part.num_heads * part.head_dim * visible
+
+
+def _transformer_xl_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
+    return (part.farthest + 1, *range(0, num_tokens, part.segment_size))
 
 
 def _recurrent_shape(part: nn.Module) -> tuple[int, ...]:
@@ -146,7 +197,16 @@ _FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "attention": _attention,
     "mamba": _mamba,
     "mamba2": _mamba2,
+    "memorizing": _memorizing,
+    "transformer_xl": _transformer_xl,
     "mlp": _none,
     "swiglu": _none,
     "moe": _none,
 }
+# tokens from which on a formula grows by other steps than before
+_BREAKS: dict[str, Callable[[nn.Module, int], Iterable[int]]] = {
+    "attention": _attention_breaks,
+    "memorizing": _memorizing_breaks,
+    "transformer_xl": _transformer_xl_breaks,
+}
+_STEPS: dict[str, Callable[[str, nn.Module, int], int]] = {"transformer_xl": _transformer_xl_step}

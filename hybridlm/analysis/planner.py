@@ -20,7 +20,7 @@ from ..modeling.precision import state_dtype
 from ..modeling.registry import span_places
 from ..modeling.spans import Span
 from .figures import Figures, LayerPlan, Plan, SpanPlan
-from .flops import experts_of_token, holding_flops, mixing_flops, product_flops, stream_flops
+from .flops import experts_of_token, holding_flops, prefill_flops, product_flops, step_flops, stream_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -130,10 +130,10 @@ def _plan_layer(
     products, expected = (streams + sum(product_flops(part, mean) for _, part in parts) for mean in (False, True))
     most, likely = reach.most(context), reach.expected(context)
     step, likely_step = (
-        sum(mixing_flops(name, part, past) for name, part in parts) for past in (reach.most(context + 1) - 1, likely)
+        sum(step_flops(name, part, past) for name, part in parts) for past in (reach.most(context + 1) - 1, likely)
     )
     prefill, likely_prefill = (
-        sum(_prefill_mixing(name, part, tokens) for name, part in parts) for tokens in (most, likely)
+        sum(prefill_flops(name, part, tokens) for name, part in parts) for tokens in (most, likely)
     )
     return LayerPlan(
         num_parameters=num_parameters,
@@ -184,18 +184,6 @@ def _plan_span(name: str, span: Span, outer: Reach, streams: int, context: int, 
         expected_tokens=inner.expected(context),
         expected_share=span.expected_share(),
     )
-
-
-def _prefill_mixing(name: str, part: nn.Module, context: int) -> int:
-    """The sum of `mixing_flops` over the tokens; it grows by equal steps until it stays constant."""
-    if context == 0:
-        return 0
-    first, last = mixing_flops(name, part, 0), mixing_flops(name, part, context - 1)
-    if last == first:
-        return first * context
-    step = mixing_flops(name, part, 1) - first
-    rising = (last - first) // step  # tokens before it stays constant, or all but one
-    return first * rising + step * rising * (rising - 1) // 2 + last * (context - rising)
 
 
 def _idle_parameters(layer: nn.Module, expected: bool = False) -> int:

@@ -24,7 +24,7 @@ from .layer import HybridLMLayer
 from .masks import SequenceInfo, compiling
 from .mixer_attention import AttentionMixer, AttentionProduct
 from .norms import build_norm
-from .outputs import HybridLMModelOutput, leave_compaction, leave_spans
+from .outputs import HybridLMModelOutput, leave_compaction, leave_spans, leave_traces
 from .passage import Journal, stream_mean
 from .quantization import with_skip_list
 from .registry import SPANS, build_part, build_residual_head, resolve_config, span_places
@@ -37,12 +37,12 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 
 logger = logging.get_logger(__name__)
 
-_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits", "output_memory_trace")
 
 # what transformers passes to any forward
 _OTHER_ARGUMENTS = {
-    *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
-    *("num_items_in_batch", "cache_position", "token_type_ids"),
+    *_RECORDED,
+    *("return_dict", "num_items_in_batch", "cache_position", "token_type_ids"),
 }
 
 
@@ -280,7 +280,7 @@ class HybridLMModel(HybridLMPreTrainedModel):
             cu_seq_lens_k: The same with cached keys counted in.
             max_length_q: Accepted from collators and not needed.
             max_length_k: Accepted from collators and not needed.
-            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_memory_trace`.
 
         Returns:
             Hidden states `[B, T, D]` (0 at pads) and what was asked for.
@@ -320,17 +320,19 @@ class HybridLMModel(HybridLMPreTrainedModel):
             inputs_embeds = self.embed_tokens(sequence.token_ids)
         elif compaction is not None:
             inputs_embeds = compaction.apply(inputs_embeds)
-        if cache is not None:
-            cache.plan(sequence)
         kwargs.pop("return_dict", None)
         wanted = [name for name in _RECORDED if kwargs.get(name, getattr(self.config, name, False))]
-        sequence.journal = journal = Journal(complete=bool(wanted))
+        sequence.journal = journal = Journal(complete=bool(wanted), traced="output_memory_trace" in wanted)
+        if cache is not None:
+            cache.plan(sequence)
         output = self._run_layers(inputs_embeds, sequence, cache, return_dict=True, **kwargs)
         if self.residual_head is not None and output.hidden_states:
             output.hidden_states = tuple(None if x is None else stream_mean(x) for x in output.hidden_states)
         if cache is not None:
             cache.commit(length, real, sequence, rows)
         output.segment_ids = sequence.segment_ids
+        if journal.traced:
+            leave_traces(output, journal)
         if self.spans and (wanted or self.training):
             depths = self.moe_depths, self._depths("mixer", AttentionMixer)
             leave_spans(output, journal, *depths, with_records=self.training or "output_router_logits" in wanted)

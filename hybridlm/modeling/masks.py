@@ -41,7 +41,6 @@ class SequenceInfo:
         attn_implementation: name in transformers' attention interface.
         use_cache: whether the state after this call is wanted.
         need_weights: whether attention weights are recorded in this call.
-        need_trace: whether the traces of memories are recorded in this call.
         promote: whether cache entries move their checkpoint forward before this call (see `cache.py`).
         parts: the call cut in two, when the cache needs a checkpoint inside it.
         passage: how the tokens of this call entered the innermost span around the layer; `None` outside of spans.
@@ -65,12 +64,16 @@ class SequenceInfo:
     attn_implementation: str = "sdpa"
     use_cache: bool = False
     need_weights: bool = False
-    need_trace: bool = False
     promote: bool = False
     parts: "list[SequenceInfo] | None" = None
     passage: Any = None
     journal: Any = None
     memo: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def need_trace(self) -> bool:
+        """Whether the traces of memories are recorded in this call."""
+        return self.journal is not None and self.journal.traced
 
     @property
     def num_rows(self) -> int:

@@ -28,6 +28,25 @@ from .precision import state_dtype
 THETA, LOG_ETA, LOG_KEEP, GAMMA = range(4)  # columns of the gates
 
 
+class GateProjection(nn.Linear):
+    """A projection whose biases start at given values, one for each kind of gate and the same in every head."""
+
+    def __init__(self, hidden_size: int, num_heads: int, biases: list[float]) -> None:
+        self.num_heads, self.biases = num_heads, biases
+        super().__init__(hidden_size, len(biases) * num_heads)
+
+    def reset_parameters(self) -> None:
+        """Start as `init_weights` says."""
+        self.init_weights(0.02)
+
+    @torch.no_grad()
+    def init_weights(self, std: float) -> None:
+        """Draw the weights, set the biases."""
+        init.normal_(self.weight, mean=0.0, std=std)
+        biases = torch.tensor(self.biases, dtype=self.bias.dtype, device=self.bias.device)
+        init.copy_(self.bias, biases.repeat_interleave(self.num_heads))
+
+
 class MemoryGates(nn.Module):
     """Make the gates of tokens.
 
@@ -75,22 +94,14 @@ class MemoryGates(nn.Module):
         biases |= {"eta": momentum_bias} if momentum else {}
         biases |= {"alpha": forgetting_bias} if forgetting else {}
         biases |= {"gamma": 2.0} if window > 1 else {}
-        self.biases = biases
-        self.num_gates = 3 + (window > 1)
-        self.proj = nn.Linear(hidden_size, len(biases) * num_heads)
-        self.init_weights(0.02)
-
-    @torch.no_grad()
-    def init_weights(self, std: float) -> None:
-        """Set the biases; transformers has set the weights."""
-        bias = torch.tensor(list(self.biases.values()), dtype=self.proj.bias.dtype, device=self.proj.bias.device)
-        init.copy_(self.proj.bias, bias.repeat_interleave(self.num_heads))
+        self.names, self.num_gates = tuple(biases), 3 + (window > 1)
+        self.proj = GateProjection(hidden_size, num_heads, list(biases.values()))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Gates `[B, T, H, 3 or 4]` of tokens `[B, T, D]`: theta, log eta, log(1 - alpha), and gamma."""
         raw = self.proj(hidden_states)
-        raw = raw.to(state_dtype(raw.dtype)).unflatten(-1, (len(self.biases), self.num_heads)).unbind(-2)
-        raw = dict(zip(self.biases, raw, strict=True))
+        raw = raw.to(state_dtype(raw.dtype)).unflatten(-1, (len(self.names), self.num_heads)).unbind(-2)
+        raw = dict(zip(self.names, raw, strict=True))
         sigmoid, log_sigmoid = torch.sigmoid, nn.functional.logsigmoid
         theta = sigmoid(raw["theta"]) * (self.max_learning_rate / (self.chunk_size * self.window))
         log_eta = log_keep = torch.zeros_like(theta)

@@ -74,7 +74,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
             output_router_logits: Whether to return the router logits `[B, T, E]` of each expert layer, and what each
                 span chose.
             logits_to_keep: Last tokens to compute logits for (0 for all), or their columns.
-            kwargs: Also `shift_labels` and `num_items_in_batch`, as Trainer gives them.
+            kwargs: Also `output_memory_trace`, `shift_labels` and `num_items_in_batch`, as Trainer gives them.
 
         Returns:
             Logits `[B, T, V]`; with labels the loss, losses of routers and spans included, and those alone as
@@ -119,6 +119,7 @@ class HybridLMForCausalLM(HybridLMPreTrainedModel, HybridGeneration, GenerationM
             router_logits=outputs.router_logits if wanted else None,
             span_taken=None if records is None else tuple(record.taken for record in records),
             span_scores=None if records is None else tuple(record.scores for record in records),
+            memory_trace=outputs.memory_trace,
         )
 
     def _layer_masks(self, outputs: HybridLMModelOutput) -> list[Tensor | None]:

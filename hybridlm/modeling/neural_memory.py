@@ -44,7 +44,7 @@ class NeuralMemoryState:
 
 
 class MemoryScan(nn.Module):
-    """Run the memory over the tokens of a call; a module of its own so that transformers can record the trace.
+    """Run the memory over the tokens of a call.
 
     Args:
         network: The fast-weight network.
@@ -112,7 +112,10 @@ class MemoryScan(nn.Module):
                 moved = torch.cat([recent, laid[:, n]], dim=2)[:, :, -recent.shape[2] :]
                 recent = torch.where(full[..., None], moved, recent)
         output = grid.take(torch.stack(outputs, dim=1).transpose(2, 3))
-        trace = grid.take(torch.stack(traces, dim=1).transpose(2, 3)) if traces else None
+        trace = None
+        if traces:
+            trace = grid.take(torch.stack(traces, dim=1).transpose(2, 3))
+            sequence.journal.leave_trace(trace)
         kept = {"memory": memory, "momentum": momentum, "open_tokens": grid.still_open(laid.transpose(2, 3))}
         return output, trace, kept | {"recent_tokens": None if recent is None else recent.transpose(1, 2)}
 

@@ -26,12 +26,16 @@ class HybridLMModelOutput(MoeModelOutputWithPast):
         segment_ids: `[B, T]`, number of the document inside the row; `None` when a row holds one.
         span_records: What each span did; in training, or when router logits are asked for.
         layer_masks: By depth, `[B, T]`, True at the tokens that reached a layer inside a span.
+        memory_trace: With `output_memory_trace=True`, for every layer with a neural memory `[B, T, H, 5]`: surprise
+            (norm of the token's gradient), norm of the memory's weights where the token's chunk began, learning rate,
+            momentum decay and share forgotten; 0 at tokens that did not reach the layer.
     """
 
     token_mask: Tensor | None = None
     segment_ids: Tensor | None = None
     span_records: tuple[SpanRecord, ...] | None = None
     layer_masks: dict[int, Tensor] | None = None
+    memory_trace: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -42,10 +46,21 @@ class HybridLMCausalLMOutput(MoeCausalLMOutputWithPast):
         span_taken: For every span `[B, T]`, True at the tokens that went through it; with the router logits.
         span_scores: For every span `[B, T]`, the scores that its choice was made from, 0 at tokens that did not reach
             it; with the router logits.
+        memory_trace: With `output_memory_trace=True`, for every layer with a neural memory `[B, T, H, 5]`: surprise
+            (norm of the token's gradient), norm of the memory's weights where the token's chunk began, learning rate,
+            momentum decay and share forgotten; 0 at tokens that did not reach the layer.
     """
 
     span_taken: tuple[Tensor, ...] | None = None
     span_scores: tuple[Tensor, ...] | None = None
+    memory_trace: tuple[Tensor, ...] | None = None
+
+
+def leave_traces(output: HybridLMModelOutput, journal: Journal) -> None:
+    """Put what memories recorded into the output, for the tokens around all spans."""
+    where = dict(journal.layers)
+    traces = {depth: torch.cat(pieces, dim=1) for depth, pieces in sorted(journal.traces.items())}
+    output.memory_trace = tuple(lift_all(where[depth], trace) for depth, trace in traces.items())
 
 
 def leave_spans(
@@ -115,7 +130,7 @@ def leave_compaction(output: HybridLMModelOutput, compaction: Compaction, attent
     output.last_hidden_state = compaction.restore(output.last_hidden_state)
     if output.segment_ids is not None:
         output.segment_ids = compaction.carry(output.segment_ids)  # a pad inside a document does not end it
-    for name in ("hidden_states", "router_logits"):
+    for name in ("hidden_states", "router_logits", "memory_trace"):
         if getattr(output, name, None):
             output[name] = tuple(compaction.restore(x) for x in getattr(output, name))
     if output.span_records is not None:

@@ -72,13 +72,21 @@ class Journal:
 
     Attributes:
         complete: Whether something is recorded: then every layer runs, and passages keep the stream around them.
+        traced: Whether memories leave traces.
         passages: One for each span whose layers ran.
         layers: Depth of each layer that ran, and how its tokens came there.
+        traces: By depth, the trace of a layer's memory `[B, T, H, F]`, in pieces where the call was cut.
     """
 
     complete: bool = False
+    traced: bool = False
     passages: list[Passage] = field(default_factory=list)
     layers: list[tuple[int, Passage | None]] = field(default_factory=list)
+    traces: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def leave_trace(self, trace: Tensor) -> None:
+        """Keep what the memory of the layer that runs has recorded."""
+        self.traces.setdefault(self.layers[-1][0], []).append(trace)
 
 
 @dataclass

@@ -20,7 +20,7 @@ MAMBA2 = {"name": "mamba2", "state_size": 4, "head_dim": 8, "chunk_size": 4}
 MEMORY = {"name": "neural_memory", "num_heads": 2, "head_dim": 4, "chunk_size": 5, "conv_kernel": 3}
 MEMORY |= {"max_learning_rate": 8.0, "max_gradient": 3.0, "max_curvature": 2.0}
 MEMORIZING = {"name": "memorizing", "num_heads": 4, "num_kv_heads": 2, "position": ROPE}
-MEMORIZING |= {"window": 3, "memory_size": 5, "top_k": 2}
+MEMORIZING |= {"window": 3, "memory_size": 7, "top_k": 4}
 XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size": 3}
 # options that make a registered part small; a part that is not named here runs with its defaults, a little wider
 SMALL = {
@@ -97,13 +97,13 @@ MIXER_VARIANTS = {
     "neural_memory-elastic_net": MEMORY | {"retention": "elastic_net", "memory_depth": 1, "objective": "dot"},
     "neural_memory-unbounded": MEMORY | {"max_gradient": None, "max_curvature": None, "max_learning_rate": 3.0},
     "neural_memory-detached": MEMORY | {"detach_memory": True, "output_norm": False},
-    "memorizing-all_of_the_store": MEMORIZING | {"top_k": 5, "position": {"name": "none"}},
-    "memorizing-no_detach": MEMORIZING | {"detach_memory": False},
+    "memorizing-all_of_the_store": MEMORIZING | {"top_k": 7, "position": {"name": "none"}},
+    "memorizing-no_detach": MEMORIZING | {"detach_memory": False, "memory_size": 5, "top_k": 2},
     "memorizing-multi_query": MEMORIZING | {"num_kv_heads": 1, "head_dim": 6, "top_k": 4, "window": 2},
     "memorizing-long_store": MEMORIZING | {"memory_size": 40, "top_k": 3, "gate_init": 1.0, "scale_init": 4.0},
     "transformer_xl-no_detach": XL | {"detach_memory": False},
     "transformer_xl-long_memory": XL | {"memory_size": 11, "head_dim": 3},
-    "transformer_xl-no_memory": XL | {"memory_size": 0, "segment_size": 6},
+    "transformer_xl-no_memory": XL | {"memory_size": 0, "segment_size": 5},
     "transformer_xl-moving_window": XL | {"segment_size": 1, "memory_size": 5, "detach_memory": False},
 }
 

@@ -30,6 +30,7 @@ class ChunkGrid:
         closes: `[B or 1, N]`, True where the chunk is full, so that the memory moves on behind it.
         last: `[B or 1]`, chunk of each row's last token.
         closing: Chunks, counted from the first, of which a row's may be full; none behind them is.
+        aligned: Whether all rows share one layout that is known without reading a tensor: then all those are full.
     """
 
     chunk_size: int
@@ -41,6 +42,7 @@ class ChunkGrid:
     closes: Tensor
     last: Tensor
     closing: int
+    aligned: bool
 
     @classmethod
     def build(cls, sequence: SequenceInfo, chunk_size: int) -> "ChunkGrid":
@@ -99,7 +101,7 @@ class ChunkGrid:
             closing = num_chunks
         else:  # a chunk that is not full may lie before one that is, at the end of a document
             closing = int((closes.any(0) * torch.arange(1, num_chunks + 1, device=device)).max())
-        return cls(size, num_chunks, source, place, filled, fresh, closes, last, closing)
+        return cls(size, num_chunks, source, place, filled, fresh, closes, last, closing, aligned)
 
     @staticmethod
     def _slots(sequence: SequenceInfo, size: int) -> tuple[Tensor, Tensor]:
@@ -117,6 +119,12 @@ class ChunkGrid:
             before = tokens.new_zeros(batch, self.chunk_size - 1, *rest)
         padded = torch.cat([before, tokens, tokens.new_zeros(batch, 1, *rest)], dim=1)
         return self._gather(padded, self.source).view(batch, self.num_chunks, self.chunk_size, *rest)
+
+    def where_full(self, chunk: int, after: Tensor | None, before: Tensor | None) -> Tensor | None:
+        """`after` `[B, ...]` in rows whose chunk is full, else `before`; `None` stays `None`."""
+        if after is None or self.aligned:
+            return after
+        return torch.where(self.closes[:, chunk].view(-1, *[1] * (after.dim() - 1)), after, before)
 
     def take(self, slots: Tensor) -> Tensor:
         """`[B, N, C, ...]` as `[B, T, ...]`: what stands at each token's slot."""

@@ -105,12 +105,11 @@ class MemoryScan(nn.Module):
                 traces.append(torch.stack([*trace, *gates_of, -torch.expm1(gate[..., LOG_KEEP])], dim=-1))
             if after is None:
                 continue
-            full = grid.closes[:, n, None, None]
-            memory = torch.where(full, after[0], memory)
-            momentum = None if momentum is None else torch.where(full, after[1], momentum)
+            memory = grid.where_full(n, after[0], memory)
+            momentum = grid.where_full(n, after[1], momentum)
             if recent is not None:
                 moved = torch.cat([recent, laid[:, n]], dim=2)[:, :, -recent.shape[2] :]
-                recent = torch.where(full[..., None], moved, recent)
+                recent = grid.where_full(n, moved, recent)
         output = grid.take(torch.stack(outputs, dim=1).transpose(2, 3))
         trace = None
         if traces:

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import DynamicCache
 from variants import ATTENTION, MAMBA, MAMBA2, VOCAB_SIZE, WINDOW, build, hybrid_subject, mixer_subject, small
 
-from hybridlm import HybridLMConfig, HybridLMForCausalLM
+from hybridlm import MIXERS, HybridLMConfig, HybridLMForCausalLM
 from hybridlm.testing import Subject
 
 MOE = small("moe")
@@ -21,7 +21,7 @@ def config(mixer=MAMBA, channel=None, **fields):
 
 
 WRONG_PARTS = [
-    ({"name": "mambo"}, "layer_specs.a.mixer.name: unknown 'mambo', expected one of ['attention', 'mamba', 'mamba2']"),
+    ({"name": "mambo"}, f"layer_specs.a.mixer.name: unknown 'mambo', expected one of {sorted(MIXERS)}"),
     ("mamba", "layer_specs.a.mixer: expected a part such as"),
     ({"state_size": 4}, "layer_specs.a.mixer: expected a part such as"),
     (MAMBA | {"state_siz": 4}, "layer_specs.a.mixer: unknown option 'state_siz', expected one of ["),

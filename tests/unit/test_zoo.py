@@ -30,6 +30,7 @@ def mixers(name):
 def test_the_zoo_is_complete():
     promised = {"llama", "mistral", "mixtral", "mamba", "mamba2", "jamba", "jamba_3to1", "samba", "bamba"}
     promised |= {"granite_4_like", "mode", "switch", "deepseek_moe"}
+    promised |= {"transformer_xl", "memorizing_llama"}
     promised |= {"mhc_jamba", "mod_llama", "mod_jamba", "merge_llama", "merge_jamba", "everything"}
     assert set(FULL) == promised
     assert set(TINY) == {f"tiny_{name}" for name in FULL}
@@ -113,6 +114,24 @@ def test_mode_has_one_choice_without_weights_and_switch_one_expert_a_token():
     experts = parts("switch", "channel_mixer")[1::2]
     assert {(part["routing"], part["top_k"], part["capacity_factor"]) for part in experts} == {("switch", 1, 1.25)}
     assert {part["load_balancing_coef"] for part in experts} == {0.01}
+
+
+def test_transformer_xl_is_the_published_one():
+    # arXiv:1901.02860, table 1 and its code: 257M parameters, most of them in the layers, the others adaptive embeddings
+    (layer,) = {json.dumps(part) for part in parts("transformer_xl", "mixer")}
+    mixer = json.loads(layer)
+    assert (mixer["num_heads"], mixer["head_dim"], mixer["segment_size"], mixer["memory_size"]) == (16, 64, 384, 384)
+    layers = plan(presets.load_config("transformer_xl")).layers
+    assert len(layers) == 18
+    assert round(sum(layer.num_parameters for layer in layers) / 1e6) == 246
+
+
+def test_the_ninth_of_twelve_layers_memorizes():
+    names = mixers("memorizing_llama")
+    assert (len(names), names.index("memorizing"), names.count("memorizing")) == (12, 8, 1)
+    # arXiv:2203.08913, section 4: the 32 nearest of 8192 memories
+    mixer = parts("memorizing_llama", "mixer")[8]
+    assert (mixer["top_k"], mixer["memory_size"], mixer["window"]) == (32, 8192, 512)
 
 
 def test_jamba_needs_4_gb_of_keys_and_values_at_256k_tokens():

@@ -1,6 +1,6 @@
 """How the contract tests ask whether a promise is kept, and whether their models hold every pair of parts."""
 
-from itertools import combinations, product
+from variants import every_pair, pairs_of
 
 from hybridlm.testing import CHECKS
 
@@ -25,7 +25,6 @@ def holds(check, subject, limit=None, **options):
 
 def holds_every_pair(factors, rows, impossible=()):
     """Fail if some two values of two factors stand in no row, or stand there and are `{a: x, b: y}` of `impossible`."""
-    for a, b in combinations(factors, 2):
-        held = {(row[a], row[b]) for row in rows}
-        possible = {(x, y) for x, y in product(factors[a], factors[b]) if {a: x, b: y} not in impossible}
-        assert held == possible, f"{a} x {b}: {held ^ possible}"
+    held = {pair for row in rows for pair in pairs_of(row)}
+    possible = every_pair(factors, impossible)
+    assert held == possible, f"{held ^ possible}"

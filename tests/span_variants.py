@@ -55,11 +55,11 @@ SPAN_VARIANTS = {
 SMALL_SPANS = {name: {"name": name} for name in SPANS}
 SMALL_SPANS |= {"mixture_of_depths": MOD | {"rule": "random"}, "token_merging": MERGING}
 SPAN_FACTORS = {
-    "span": list(SPANS),
+    "span 1": list(SPANS),
     "inside": [*MIXERS, "attention-window"],
     "channel": [*CHANNEL_MIXERS, "moe-losses"],
     "residual": list(RESIDUALS),
-    "other": list(SPANS),
+    "span 2": list(SPANS),
     "nested": [True, False],
 }
 SPAN_PAIRS = {"-".join(str(value) for value in row.values()): row for row in pairwise(SPAN_FACTORS)}
@@ -85,5 +85,5 @@ def span_pair_subject(name):
     others = cycle(layer for layer in STACK if layer[0]["name"] != mixer["name"])
     layers = [next(others), (mixer, CHANNEL_VARIANTS[row["channel"]]), next(others), next(others)]
     second = {"start": 2, "stop": 3} if row["nested"] else {"start": 3, "stop": 4}
-    spans = [SMALL_SPANS[row["span"]] | {"start": 1, "stop": 3}, SMALL_SPANS[row["other"]] | second]
+    spans = [SMALL_SPANS[row["span 1"]] | {"start": 1, "stop": 3}, SMALL_SPANS[row["span 2"]] | second]
     return Subject(build(layers, spans=spans, residual={"name": row["residual"]}))

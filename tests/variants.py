@@ -22,6 +22,10 @@ MEMORY |= {"max_learning_rate": 8.0, "max_gradient": 3.0, "max_curvature": 2.0}
 MEMORIZING = {"name": "memorizing", "num_heads": 4, "num_kv_heads": 2, "position": ROPE}
 MEMORIZING |= {"window": 3, "memory_size": 7, "top_k": 4}
 XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size": 3}
+NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"}
+MAC = ATTENTION | {"name": "titans_mac", "segment_size": 4, "num_persistent": 2, "memory": NESTED}
+MAG = WINDOW | {"name": "titans_mag", "num_persistent": 2, "memory": MEMORY | {"chunk_size": 4}}
+MAL = MAG | {"name": "titans_mal"}
 # options that make a registered part small; a part that is not named here runs with its defaults, a little wider
 SMALL = {
     "attention": ATTENTION,
@@ -29,6 +33,9 @@ SMALL = {
     "mamba2": MAMBA2,
     "neural_memory": MEMORY,
     "memorizing": MEMORIZING,
+    "titans_mac": MAC,
+    "titans_mag": MAG,
+    "titans_mal": MAL,
     "transformer_xl": XL,
     "mlp": {"name": "mlp", "intermediate_size": 24},
     "swiglu": {"name": "swiglu", "intermediate_size": 24},
@@ -101,6 +108,21 @@ MIXER_VARIANTS = {
     "memorizing-no_detach": MEMORIZING | {"detach_memory": False, "memory_size": 5, "top_k": 2},
     "memorizing-multi_query": MEMORIZING | {"num_kv_heads": 1, "head_dim": 6, "top_k": 4, "window": 2},
     "memorizing-long_store": MEMORIZING | {"memory_size": 40, "top_k": 3, "gate_init": 1.0, "scale_init": 4.0},
+    "titans_mac-omega": MAC
+    | {"memory": NESTED | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5}}
+    | {"segment_size": 3},
+    "titans_mac-atlas": MAC | {"memory": NESTED | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
+    "titans_mac-linear": MAC
+    | {"memory": NESTED | {"memory_depth": 1, "forget_to": "zero", "momentum": False, "output_gate": False}},
+    "titans_mac-retention": MAC | {"memory": NESTED | {"objective": "lp", "retention": "lq", "output_norm": False}},
+    "titans_mac-detached": MAC | {"memory": NESTED | {"detach_memory": True, "conv_kernel": 1}},
+    "titans_mac-segment_of_one": MAC | {"segment_size": 1, "position": {"name": "none"}, "num_kv_heads": 4},
+    "titans_mac-nothing_persistent": MAC | {"num_persistent": 0, "qk_norm": True, "head_dim": 6, "segment_size": 2},
+    "titans_mag-atlas": MAG | {"memory": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
+    "titans_mag-nothing_persistent": MAG | {"num_persistent": 0, "qk_norm": True, "head_dim": 6},
+    "titans_mag-detached": MAG | {"memory": MEMORY | {"detach_memory": True}, "window": 2},
+    "titans_mal-linear": MAL | {"memory": MEMORY | {"memory_depth": 1}, "num_kv_heads": 1},
+    "titans_mal-nothing_persistent": MAL | {"num_persistent": 0, "qk_norm": True, "position": {"name": "none"}},
     "transformer_xl-no_detach": XL | {"detach_memory": False},
     "transformer_xl-long_memory": XL | {"memory_size": 11, "head_dim": 3},
     "transformer_xl-no_memory": XL | {"memory_size": 0, "segment_size": 5},
@@ -198,44 +220,61 @@ def hybrid_subject(dtype=torch.float64, residual="plain"):
     return Subject(build(layers, residual=RESIDUAL_OPTIONS[residual]).to(dtype))
 
 
+def pair(a, x, b, y):
+    """The pair of two factors' values, the same whichever comes first; "mixer 1" and "mixer 2" are both mixers."""
+    return tuple(sorted(((a.split()[0], x), (b.split()[0], y)), key=repr))
+
+
+def pairs_of(row):
+    """Every pair of values in a row."""
+    return {pair(a, row[a], b, row[b]) for a, b in combinations(row, 2)}
+
+
+def every_pair(factors, impossible=()):
+    """Every pair that two factors' values may make."""
+    return {
+        pair(a, x, b, y)
+        for a, b in combinations(factors, 2)
+        for x, y in product(factors[a], factors[b])
+        if {a: x, b: y} not in impossible
+    }
+
+
 def pairwise(factors, impossible=(), seed=0):
     """Rows that together hold every pair of values of every two factors.
 
     Args:
-        factors: Factor name to its values.
+        factors: Factor name to its values; names with the same first word stand for parts of one kind.
         impossible: Pairs `{factor: value, other factor: value}` that no model may have.
         seed: Breaks ties.
 
     Returns:
         A list of `{factor: value}`, found greedily: each row is the best of some random ones.
     """
-    rng, names = Random(seed), list(factors)
-    missing = {
-        (a, x, b, y)
-        for a, b in combinations(names, 2)
-        for x in factors[a]
-        for y in factors[b]
-        if {a: x, b: y} not in impossible
-    }
-    rows = []
+    rng, rows, missing = Random(seed), [], every_pair(factors, impossible)
 
-    def pairs(row):
-        return {(a, row[a], b, row[b]) for a, b in combinations(names, 2)}
+    def candidate(wanted):
+        row = {name: rng.choice(list(values)) for name, values in factors.items()}
+        (kind, x), (other, y) = rng.sample(wanted, 2)
+        first = rng.choice([name for name in factors if name.split()[0] == kind and x in factors[name]])
+        second = [name for name in factors if name != first and name.split()[0] == other and y in factors[name]]
+        return row | {first: x} | ({rng.choice(second): y} if second else {})
 
     def possible(row):
         return not any(pair.items() <= row.items() for pair in impossible)
 
     while missing:
-        a, x, b, y = min(missing, key=repr)
-        candidates = [{name: rng.choice(list(factors[name])) for name in names} | {a: x, b: y} for _ in range(60)]
-        rows.append(max(filter(possible, candidates), key=lambda row: len(pairs(row) & missing)))
-        missing -= pairs(rows[-1])
+        wanted = min(missing, key=repr)
+        candidates = [candidate(wanted) for _ in range(200)]
+        rows.append(max(filter(possible, candidates), key=lambda row: len(pairs_of(row) & missing)))
+        missing -= pairs_of(rows[-1])
     return rows
 
 
 FACTORS = {
-    "mixer": [*MIXERS, "attention-window_and_sinks"],
-    "other": [*MIXERS, "attention-window"],
+    "mixer 1": [*MIXERS, "attention-window_and_sinks"],
+    "mixer 2": [*MIXERS, "attention-window_and_sinks"],
+    "mixer 3": [*MIXERS, "attention-window_and_sinks"],
     "channel": [*CHANNEL_MIXERS, "moe-losses", "none"],
     "position": ["none", "rope", "yarn"],
     "norm": ["rms", "layer"],
@@ -254,11 +293,11 @@ PAIRWISE = {"-".join(str(value) for value in row.values()): row for row in pairw
 
 @lru_cache(maxsize=4)
 def pairwise_subject(name):
-    """A mixer with a channel mixer, another mixer, and attention with a position."""
+    """A mixer with a channel mixer, two others, and attention with a position."""
     row = PAIRWISE[name]
     channel = None if row["channel"] == "none" else CHANNEL_VARIANTS[row["channel"]]
     last = ATTENTION | {"position": POSITIONS[row["position"]]}
-    layers = [(MIXER_VARIANTS[row["mixer"]], channel), (MIXER_VARIANTS[row["other"]], None), (last, None)]
+    layers = [(MIXER_VARIANTS[row[f"mixer {i}"]], channel if i == 1 else None) for i in (1, 2, 3)] + [(last, None)]
     return Subject(
         build(
             layers,

@@ -26,6 +26,17 @@ GUARDS = {
     "initial_state": "a call begins from the state that it is given",
     "state_rollback": "crop restores an earlier state",
 }
+# guards of one mixer alone, and the test in its own file that must see them gone
+OWN_GUARDS = {
+    ("memorizing", "window_border"): "test_the_store_holds_the_last_tokens_that_left_the_window_of_the_own_document",
+    ("memorizing", "store_border"): "test_the_store_holds_the_last_tokens_that_left_the_window_of_the_own_document",
+    ("memorizing", "store_order"): "test_of_equal_keys_the_latest_are_chosen_however_the_sequence_is_cut",
+    ("memorizing", "rounded_similarity"): "test_of_equal_keys_the_latest_are_chosen_however_the_sequence_is_cut",
+    ("memorizing", "detached_memory"): "test_the_gradient_reaches_the_window_and_the_store_only_if_it_is_not_detached",
+    ("transformer_xl", "segment_border"): "test_it_is_the_paper_s_loop_over_segments",
+    ("transformer_xl", "memory_border"): "test_the_context_grows_by_the_memory_with_every_layer",
+    ("transformer_xl", "detached_memory"): "test_the_gradient_stops_exactly_at_the_border_of_the_segment",
+}
 HALVES = ("convolution", "recurrence")  # of a mixer with both, a guard can be removed from one alone
 # removing it changes nothing that a test could see
 NO_GUARD = {
@@ -64,7 +75,7 @@ def mutants(mixer):
         cells.append((mixer, guard))
         if halves and guard != "state_rollback":
             cells += [(mixer, f"{guard}/{half}") for half in HALVES]
-    return cells
+    return cells + [cell for cell in OWN_GUARDS if cell[0] == mixer]
 
 
 def without_borders(sequence):
@@ -120,6 +131,47 @@ def break_forward(mixer, guard, half):
     part.forward = broken
 
 
+def break_own(mixer, guard):
+    """Remove a guard that only this mixer has: change an option during its forward, or what it calls."""
+    import torch
+
+    from hybridlm import MIXERS
+    from hybridlm.modeling import mixer_memorizing
+
+    if guard == "store_order":  # of equal keys the earliest
+        find = mixer_memorizing.nearest
+
+        def earliest(similarity, visible, count):
+            return similarity.shape[-1] - 1 - find(similarity.flip(-1), visible.flip(-1), count)
+
+        mixer_memorizing.nearest = earliest
+        return
+    if guard == "rounded_similarity":  # whatever a sort of the similarities themselves gives
+        mixer_memorizing.nearest = lambda similarity, visible, count: (
+            similarity.masked_fill(~visible, -torch.inf).topk(count, dim=-1).indices
+        )
+        return
+    name, change = {
+        "window_border": ("window", 1),
+        "store_border": ("memory_size", -1),
+        "segment_border": ("segment_size", 1),
+        "memory_border": ("memory_size", -1),
+        "detached_memory": ("detach_memory", None),
+    }[guard]
+    part = MIXERS[mixer]
+    forward = part.forward
+
+    def broken(self, *arguments, **named):
+        kept = getattr(self, name)
+        setattr(self, name, not kept if change is None else kept + change)
+        try:
+            return forward(self, *arguments, **named)
+        finally:
+            setattr(self, name, kept)
+
+    part.forward = broken
+
+
 def break_border(part, sequence, half):
     """Let documents run into one another in one half of a mixer."""
     convolve, starts = type(part.conv1d).forward, None if half == "convolution" else sequence.starts
@@ -151,8 +203,10 @@ def break_rollback(mixer):
     RecurrentEntry.run = broken
 
 
-def tests_of(mixer):
-    """The quick contract tests of a mixer."""
+def tests_of(mixer, guard):
+    """The quick contract tests of a mixer, or the test of a guard of its own."""
+    if (mixer, guard) in OWN_GUARDS:
+        return [f"{ROOT}/tests/unit/test_{mixer}.py::{OWN_GUARDS[mixer, guard]}"]
     models, parts = ROOT / "tests/unit/test_contract_models.py", ROOT / "tests/unit/test_mixer_contract.py"
     checks = [f"{models}::test_a_stack_of_one_mixer_keeps_every_promise[{check}-{mixer}]" for check in CHECKS]
     return checks + [f"{parts}::{test}[{mixer}]" for test in PART_TESTS]
@@ -177,12 +231,14 @@ def run_mutant(cell, loud=False):
     import pytest
 
     mixer, (guard, _, half) = cell[0], cell[1].partition("/")
-    if guard == "state_rollback":
+    if cell in OWN_GUARDS:
+        break_own(*cell)
+    elif guard == "state_rollback":
         break_rollback(mixer)
     elif guard != "none":
         break_forward(mixer, guard, half or None)
     recorder, printed = Recorder(), io.StringIO()
-    arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={ROOT}", *tests_of(mixer)]
+    arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={ROOT}", *tests_of(*cell)]
     with contextlib.nullcontext() if loud else contextlib.redirect_stdout(printed):
         pytest.main(arguments, [recorder])
     return recorder.ran, recorder.failed, printed.getvalue()
@@ -190,7 +246,7 @@ def run_mutant(cell, loud=False):
 
 def describe(cell, ran, failed, printed):
     """The last column of a line, and whether the cell is as it must be."""
-    if len(ran) != len(tests_of(cell[0])):
+    if len(ran) < len(tests_of(*cell)):
         return f"the tests did not run: {printed[-2000:]}", False
     if cell[1] == "none":
         return f"all {len(ran)} tests pass" if not failed else f"FAILS {failed}", not failed

@@ -117,7 +117,7 @@ def test_mode_has_one_choice_without_weights_and_switch_one_expert_a_token():
 
 
 def test_transformer_xl_is_the_published_one():
-    # arXiv:1901.02860, table 1 and its code: 257M parameters, most of them in the layers, the others adaptive embeddings
+    # arXiv:1901.02860, table 1 and its code: 257M parameters, those outside the layers in adaptive embeddings
     (layer,) = {json.dumps(part) for part in parts("transformer_xl", "mixer")}
     mixer = json.loads(layer)
     assert (mixer["num_heads"], mixer["head_dim"], mixer["segment_size"], mixer["memory_size"]) == (16, 64, 384, 384)

@@ -109,15 +109,17 @@ MIXER_VARIANTS = {
     "memorizing-multi_query": MEMORIZING | {"num_kv_heads": 1, "head_dim": 6, "top_k": 4, "window": 2},
     "memorizing-long_store": MEMORIZING | {"memory_size": 40, "top_k": 3, "gate_init": 1.0, "scale_init": 4.0},
     "titans_mac-omega": MAC
-    | {"memory": NESTED | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5}}
-    | {"segment_size": 3},
+    | {"memory": NESTED | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5}},
     "titans_mac-atlas": MAC | {"memory": NESTED | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
     "titans_mac-linear": MAC
     | {"memory": NESTED | {"memory_depth": 1, "forget_to": "zero", "momentum": False, "output_gate": False}},
-    "titans_mac-retention": MAC | {"memory": NESTED | {"objective": "lp", "retention": "lq", "output_norm": False}},
+    "titans_mac-retention": MAC
+    | {"memory": NESTED | {"objective": "lp", "retention": "lq", "normalize_values": False}},
     "titans_mac-detached": MAC | {"memory": NESTED | {"detach_memory": True, "conv_kernel": 1}},
-    "titans_mac-segment_of_one": MAC | {"segment_size": 1, "position": {"name": "none"}, "num_kv_heads": 4},
-    "titans_mac-nothing_persistent": MAC | {"num_persistent": 0, "qk_norm": True, "head_dim": 6, "segment_size": 2},
+    "titans_mac-segment_of_one": MAC
+    | {"segment_size": 1, "position": {"name": "none"}, "memory": NESTED | {"max_learning_rate": 0.3}},
+    "titans_mac-nothing_persistent": MAC
+    | {"num_persistent": 0, "qk_norm": True, "head_dim": 6, "segment_size": 4, "num_kv_heads": 4},
     "titans_mag-atlas": MAG | {"memory": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
     "titans_mag-nothing_persistent": MAG | {"num_persistent": 0, "qk_norm": True, "head_dim": 6},
     "titans_mag-detached": MAG | {"memory": MEMORY | {"detach_memory": True}, "window": 2},

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .masks import SequenceInfo
 from .precision import state_dtype
@@ -123,7 +123,24 @@ def soft_weights(scores: Tensor, visible: Tensor) -> Tensor:
     return wide.masked_fill(~visible, torch.finfo(wide.dtype).min).softmax(-1) * visible
 
 
-def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sequence: SequenceInfo) -> Tensor:
+def weigh(scores: Tensor, visible: Tensor, values: Tensor, always: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Weigh `values` by the softmax over visible columns; `always` are scores and values that no mask hides."""
+    if always is None:
+        return soft_weights(scores, visible).to(values.dtype) @ values
+    count = always[0].shape[-1]
+    visible = nn.functional.pad(visible, (count, 0), value=True)
+    weights = soft_weights(torch.cat([always[0], scores], dim=-1), visible).to(values.dtype)
+    return weights[..., :count] @ always[1] + weights[..., count:] @ values
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sequence: SequenceInfo,
+    always: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Causal attention over the last tokens of the own document.
 
     Args:
@@ -132,6 +149,7 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int, seq
         value: `[B, G, R' + T, K]`.
         window: Tokens that each sees, itself included.
         sequence: The call.
+        always: Scores `[B, G, H / G, T, N]` and values `[B or 1, G, 1, N, K]` of what every query sees besides.
 
     Returns:
         `[B, H, T, K]`.
@@ -145,5 +163,6 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int, seq
     for queries, columns, distance in cuts:
         visible = seen(distance, reach[:, queries])[:, None, None]  # [B or 1, 1, 1, queries, C]
         scores = query[..., queries, :] @ key[..., columns, :].transpose(-1, -2)
-        outputs.append(soft_weights(scores, visible).to(value.dtype) @ value[..., columns, :])
+        besides = None if always is None else (always[0][..., queries, :], always[1])
+        outputs.append(weigh(scores, visible, value[..., columns, :], besides))
     return torch.cat(outputs, dim=-2).flatten(1, 2)

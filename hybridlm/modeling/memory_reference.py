@@ -20,7 +20,9 @@ def scan_by_tokens(
     outputs, kept = [], []
     for row in range(queries.shape[0]):
         length = sequence.num_tokens if sequence.lengths is None else int(sequence.lengths[row])
-        memory = _Memory(scan, tokens[row], None if state is None else _row_of(state, row), _fill(scan, sequence, row))
+        memory = TokenMemory(
+            scan, tokens[row], None if state is None else _row_of(state, row), _fill(scan, sequence, row)
+        )
         read = []
         for t in range(queries.shape[1]):
             if t >= length:
@@ -48,7 +50,7 @@ def _row_of(state: Any, row: int) -> dict[str, Tensor | None]:
     return {name: None if getattr(state, name) is None else getattr(state, name)[row] for name in names}
 
 
-class _Memory:
+class TokenMemory:
     """One row's memory; weights `[H, in, out]` a layer."""
 
     def __init__(self, scan: Any, like: Tensor, state: dict[str, Tensor | None] | None, fill: int) -> None:
@@ -74,6 +76,7 @@ class _Memory:
         self._begin_chunk()
 
     def _begin_chunk(self) -> None:
+        self.closed = self.start
         if self.detach:
             self.start = [x.detach() for x in self.start]
             self.start_momentum = None if self.start_momentum is None else [x.detach() for x in self.start_momentum]
@@ -100,16 +103,33 @@ class _Memory:
         full = len(self.open) == self.chunk_size
         if self.net.at_borders and not full:
             return self.net.read(self._weights(self.start), query[None, :, None])[0, :, 0]
+        now = self._after()
+        answer = self.net.read(self._weights(now), query[None, :, None])[0, :, 0]
+        if full:
+            self._close(now)
+        return answer
+
+    def learn(self, token: Tensor) -> None:
+        """Learn a token; what `recall` reads moves on when the chunk is full."""
+        self._learn(token)
+        if len(self.open) == self.chunk_size:
+            self._close(self._after())
+
+    def recall(self, query: Tensor) -> Tensor:
+        """Answer a query from the memory with which the open chunk began, which is no constant here."""
+        return self.net.read(self._weights(self.closed), query[None, :, None])[0, :, 0]
+
+    def _after(self) -> list[Tensor]:
+        """The memory after the last token."""
         step = self.moved
         if self.net.optimizer == "muon":
             step = [self.rate * orthogonalize(x) for x in step]
-        now = self._now(step)
-        answer = self.net.read(self._weights(now), query[None, :, None])[0, :, 0]
-        if full:
-            self.recent = (self.recent + self.open)[len(self.open) :] if self.window > 1 else []
-            self.start, self.start_momentum = now, self.momentum
-            self._begin_chunk()
-        return answer
+        return self._now(step)
+
+    def _close(self, now: list[Tensor]) -> None:
+        self.recent = (self.recent + self.open)[len(self.open) :] if self.window > 1 else []
+        self.start, self.start_momentum = now, self.momentum
+        self._begin_chunk()
 
     def _learn(self, token: Tensor) -> None:
         self.open.append(token)

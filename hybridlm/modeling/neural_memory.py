@@ -71,12 +71,12 @@ class MemoryScan(nn.Module):
         Returns:
             `[B, T, H, K]`, the trace `[B, T, H, 5]` if the call asks for it, and the new state's tensors by name.
         """
-        batch, width = queries.shape[0], self.network.head_dim
+        width = self.network.head_dim
         grid = ChunkGrid.build(sequence, self.chunk_size)
         laid = grid.lay_out(tokens, None if state is None else state.open_tokens).transpose(2, 3)  # [B, N, H, C, F]
         asked = grid.lay_out(queries, None).transpose(2, 3).unbind(1)
         keys, values, gates = laid.split([width, width, laid.shape[-1] - 2 * width], dim=-1)
-        memory, momentum, recent = self._begin(state, batch, tokens)
+        memory, momentum, recent = self.begin(state, tokens)
         rules = None
         if recent is None:
             rules = [Coefficients(*parts) for parts in zip(*self._rules(gates), strict=True)]
@@ -97,12 +97,17 @@ class MemoryScan(nn.Module):
                 key = torch.cat([recent[..., :width], key], dim=2)
                 value = torch.cat([recent[..., width : 2 * width], value], dim=2)
             output, after, trace = self._chunk(
-                memory, momentum, (key, value, query), rule, n < grid.closing, grid.closes[:, n], sequence.need_trace
+                memory,
+                momentum,
+                (key, value, gate, query),
+                rule,
+                n < grid.closing,
+                grid.closes[:, n],
+                sequence.need_trace,
             )
             outputs.append(output)
             if trace is not None:
-                gates_of = [gate[..., THETA], gate[..., LOG_ETA].exp() * self.network.momentum]
-                traces.append(torch.stack([*trace, *gates_of, -torch.expm1(gate[..., LOG_KEEP])], dim=-1))
+                traces.append(trace)
             if after is None:
                 continue
             memory = grid.where_full(n, after[0], memory)
@@ -118,15 +123,15 @@ class MemoryScan(nn.Module):
         kept = {"memory": memory, "momentum": momentum, "open_tokens": grid.still_open(laid.transpose(2, 3))}
         return output, trace, kept | {"recent_tokens": None if recent is None else recent.transpose(1, 2)}
 
-    def _begin(
-        self, state: NeuralMemoryState | None, batch: int, tokens: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def begin(self, state: NeuralMemoryState | None, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Memory, momentum `[B, H, P]` and recent tokens `[B, H, c - 1, F]` before a call with `[B, T, H, F]`."""
         if state is not None:
             recent = None if state.recent_tokens is None else state.recent_tokens.transpose(1, 2)
             return state.memory, state.momentum, recent
-        heads, network = tokens.shape[2], self.network
+        batch, _, heads, num_features = tokens.shape
+        network = self.network
         zeros = tokens.new_zeros(batch, heads, network.num_weights)
-        recent = tokens.new_zeros(batch, heads, self.window - 1, tokens.shape[-1]) if self.window > 1 else None
+        recent = tokens.new_zeros(batch, heads, self.window - 1, num_features) if self.window > 1 else None
         return zeros, zeros if network.momentum else None, recent
 
     def _rules(self, gates: Tensor) -> list[tuple[Tensor, ...]]:
@@ -136,13 +141,13 @@ class MemoryScan(nn.Module):
         self,
         memory: Tensor,
         momentum: Tensor | None,
-        tokens: tuple[Tensor, Tensor, Tensor],
+        tokens: tuple[Tensor, Tensor, Tensor, Tensor],
         rule: Coefficients,
         may_close: bool,
         closes: Tensor,
         need_trace: bool,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None, list[Tensor] | None]:
-        key, value, query = tokens
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None, Tensor | None]:
+        key, value, gate, query = tokens
         network = self.network
         weights = network.weights(memory)
         gradients = network.gradients(weights, key, value)
@@ -157,10 +162,15 @@ class MemoryScan(nn.Module):
                 output = torch.cat([output[:, :, :-1], last], dim=2)
         trace = None
         if need_trace:
-            size = torch.cat([w.flatten(2) for w in weights], dim=-1).norm(dim=-1, keepdim=True)
-            own = gradients.surprise[..., -query.shape[2] :]
-            trace = [own, size.expand_as(own)]
+            trace = trace_of(gradients.surprise[..., -query.shape[2] :], weights, gate, network.momentum)
         return output, after, trace
+
+
+def trace_of(surprise: Tensor, weights: list[Tensor], gates: Tensor, momentum: bool) -> Tensor:
+    """What is recorded of tokens, `[B, H, C, 5]`, of their `[B, H, C]` and `[B, H, C, F - 2 K]`, as `TRACE` says."""
+    size = torch.cat([w.flatten(2) for w in weights], dim=-1).norm(dim=-1, keepdim=True)
+    eta, alpha = gates[..., LOG_ETA].exp() * momentum, -torch.expm1(gates[..., LOG_KEEP])
+    return torch.stack([surprise, size.expand_as(surprise), gates[..., THETA], eta, alpha], dim=-1)
 
 
 class NeuralMemory(nn.Module):
@@ -170,7 +180,7 @@ class NeuralMemory(nn.Module):
         hidden_size: Width D of the residual stream.
         num_heads: Heads H, each with a memory of its own.
         head_dim: Width K of keys and values; D / H by default.
-        chunk_size: Tokens C whose gradients are taken at one point. It changes the function.
+        chunk_size: Tokens C whose gradients are taken at one point, 64 by default. It changes the function.
         memory_depth: Layers of the network; 1 is a linear memory.
         memory_expansion: Width between its layers as a multiple of `head_dim`.
         memory_bias: Whether its layers have biases.
@@ -211,7 +221,7 @@ class NeuralMemory(nn.Module):
         *,
         num_heads: int = 4,
         head_dim: int | None = None,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         memory_depth: int = 2,
         memory_expansion: float = 2.0,
         memory_bias: bool = False,
@@ -248,6 +258,7 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"conv_kernel={conv_kernel} must be at least 1")
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        chunk_size = 64 if chunk_size is None else chunk_size
         self.chunk_size, self.window, self.normalize_values = chunk_size, omega_window, normalize_values
         network = MemoryNetwork(
             num_heads,

@@ -16,11 +16,15 @@ from torch import nn
 from .channel_mlp import MLP
 from .channel_moe import MoE
 from .channel_swiglu import SwiGLU
+from .memories import MEMORIES
 from .mixer_attention import AttentionMixer
 from .mixer_mamba import MambaMixer
 from .mixer_mamba2 import Mamba2Mixer
 from .mixer_memorizing import MemorizingMixer
 from .mixer_neural_memory import NeuralMemoryMixer
+from .mixer_titans_mac import TitansMACMixer
+from .mixer_titans_mag import TitansMAGMixer
+from .mixer_titans_mal import TitansMALMixer
 from .mixer_transformer_xl import TransformerXLMixer
 from .norms import NORMS
 from .positions import POSITIONS
@@ -36,6 +40,9 @@ MIXERS = {
     "mamba2": Mamba2Mixer,
     "memorizing": MemorizingMixer,
     "neural_memory": NeuralMemoryMixer,
+    "titans_mac": TitansMACMixer,
+    "titans_mag": TitansMAGMixer,
+    "titans_mal": TitansMALMixer,
     "transformer_xl": TransformerXLMixer,
 }
 CHANNEL_MIXERS = {"mlp": MLP, "moe": MoE, "swiglu": SwiGLU}
@@ -49,7 +56,7 @@ SPAN_KEYS = {"start": None, "stop": None, "every": None}
 PLACEMENTS = ("pre", "post", "sandwich")
 
 HALVES = {"mixer": MIXERS, "channel_mixer": CHANNEL_MIXERS}
-_NESTED = {"position": POSITIONS}
+_NESTED = {"memory": (MEMORIES, "neural_memory"), "position": (POSITIONS, "none")}  # table, and the default
 
 
 def options_of(part: type) -> dict[str, inspect.Parameter]:
@@ -115,7 +122,8 @@ def resolve_part(spec: Any, registry: dict[str, type], path: str, extra: dict[st
     for key, parameter in options.items():
         value = spec.get(key, None if parameter.default is parameter.empty else parameter.default)
         if key in _NESTED:
-            value = resolve_part({"name": "none"} if value is None else value, _NESTED[key], f"{path}.{key}")
+            table, default = _NESTED[key]
+            value = resolve_part({"name": default} if value is None else value, table, f"{path}.{key}")
         resolved[key] = value
     return resolved | {key: spec.get(key, default) for key, default in extra.items()}
 
@@ -158,6 +166,8 @@ def _fill_derived(spec: dict, part: nn.Module) -> dict:
         made = getattr(part, key, None)
         if value is None and isinstance(made, bool | int | float | str):
             filled[key] = made
+        elif key in _NESTED:
+            filled[key] = _fill_derived(value, made)
     return filled
 
 

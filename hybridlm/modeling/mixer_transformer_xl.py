@@ -7,7 +7,8 @@ Differs: segments are counted in real tokens from the start of each document and
 the same. The memory is kept as keys and values and not as the layer's inputs: both give the same outputs, but from
 inputs every decoded token would project S + M tokens anew, which costs far more than twice the bytes. With it the
 border of the gradient moves from the layer's input to its keys and values: `k_proj` and `v_proj` learn from a token's
-use in its own segment, and not from its use as memory.
+use in its own segment, and not from its use as memory. Position ids are not read: distances are counted in tokens of
+the document.
 """
 
 import math

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..modeling.connections import StreamResidual
 from ..modeling.hold import CHUNK
+from ..modeling.memory_update import NEWTON_SCHULZ_STEPS
 
 aten = torch.ops.aten
 _ELEMENTWISE = {aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.pow, aten.exp, aten.exp2, aten.rsqrt}
@@ -66,10 +67,10 @@ def experts_of_token(router: nn.Module, expected: bool = False) -> float:
 
 def product_flops(part: nn.Module, expected: bool = False) -> int:
     """FLOPs a token of the linear layers, convolutions, routers and experts of a part: at most, or `expected`."""
-    total = 0
-    for module in part.modules():
+    total, twice = 0, getattr(part, "applied_twice", ())
+    for name, module in part.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d):
-            total += 2 * module.weight.numel()
+            total += 2 * module.weight.numel() * (2 if name in twice else 1)
         elif hasattr(module, "experts"):
             chosen = sum(weight[0].numel() for weight in module.experts.parameters())
             total += 2 * module.router.weight.numel()
@@ -175,6 +176,19 @@ def _transformer_xl_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
     return (part.farthest + 1, *range(0, num_tokens, part.segment_size))
 
 
+def _titans_window(part: nn.Module, num_past: int) -> int:
+    visible = min(num_past + 1, part.window) + part.attention.num_persistent
+    return 4 * part.num_heads * part.head_dim * visible + _neural_memory(part.memory, num_past)
+
+
+def _titans_window_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
+    return (part.window,)
+
+
+def _titans_mac_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
+    return range(0, num_tokens, part.segment_size)
+
+
 def _recurrent_shape(part: nn.Module) -> tuple[int, ...]:
     return part.state_spec(1, torch.float32)["recurrent_states"][0]
 
@@ -189,6 +203,39 @@ def _mamba2(part: nn.Module, num_past: int) -> int:
     return num_heads * (5 * head_dim * num_states + 3 * head_dim + 2)
 
 
+def _neural_memory(part: nn.Module, num_past: int) -> int:
+    return -(-memory_chunk_flops(part) // part.chunk_size)
+
+
+def _neural_memory_step(name: str, part: nn.Module, num_past: int) -> int:
+    """The gradients of the open chunk are made anew for each token: a whole chunk, which closes, at most."""
+    return memory_chunk_flops(part)
+
+
+def memory_chunk_flops(memory: nn.Module) -> int:
+    """Matrix products of a full chunk of a neural memory, in the chunk-parallel form; its tokens share them equally.
+
+    Those that weigh gradients by decays, that make the gradients (two for each layer, but one for the first), that read
+    the memory with the chunk's queries, and that move it on. As for attention, what is done to elements is left out.
+    """
+    network, size, sources = memory.scan.network, memory.chunk_size, memory.chunk_size + memory.window - 1
+    weights, first = network.num_weights, network.shapes[0][0] * network.shapes[0][1]
+    gradients = sources * (2 * weights - first)
+    moving = (1 + network.momentum) * sources * weights
+    rules = size**2 * (size + 1) if network.momentum else 0
+    rules += (size + 1) * size * sources if memory.window > 1 else 0
+    if network.at_borders:  # only the last token reads another memory than that of the start
+        reading = (size + 1) * weights
+    else:  # the weights at the start, those to forget to, the momentum, and the gradients
+        reading = size * weights * (1 + (network.forget_to == "initial") + network.momentum)
+        reading += size * sources * sum(a + b for a, b in network.shapes)
+    if network.optimizer == "muon":
+        for a, b in network.shapes:
+            low, high = min(a, b), max(a, b)
+            moving += NEWTON_SCHULZ_STEPS * low * low * (2 * high + low)
+    return 2 * network.num_heads * (rules + gradients + reading + moving)
+
+
 def _none(part: nn.Module, num_past: int) -> int:
     return 0
 
@@ -198,6 +245,9 @@ _FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "mamba": _mamba,
     "mamba2": _mamba2,
     "memorizing": _memorizing,
+    "neural_memory": _neural_memory,
+    "titans_mag": _titans_window,
+    "titans_mal": _titans_window,
     "transformer_xl": _transformer_xl,
     "mlp": _none,
     "swiglu": _none,
@@ -207,6 +257,12 @@ _FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
 _BREAKS: dict[str, Callable[[nn.Module, int], Iterable[int]]] = {
     "attention": _attention_breaks,
     "memorizing": _memorizing_breaks,
+    "titans_mac": _titans_mac_breaks,
+    "titans_mag": _titans_window_breaks,
+    "titans_mal": _titans_window_breaks,
     "transformer_xl": _transformer_xl_breaks,
 }
-_STEPS: dict[str, Callable[[str, nn.Module, int], int]] = {"transformer_xl": _transformer_xl_step}
+_STEPS: dict[str, Callable[[str, nn.Module, int], int]] = {
+    "neural_memory": _neural_memory_step,
+    "transformer_xl": _transformer_xl_step,
+}

@@ -13,7 +13,8 @@ from torch import Tensor
 # name of a retention, and the default of its number: exponent, threshold or scale
 RETENTIONS = {"decay": 0.0, "lq": 4.0, "elastic_net": 0.01, "kl": 1.0}
 
-_STEPS = ((3.4445, -4.7750, 2.0315),) * 5
+NEWTON_SCHULZ_STEPS = 5
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -21,9 +22,9 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.transpose(-1, -2) if tall else matrix
     x = x * torch.rsqrt(x.square().sum((-1, -2), keepdim=True) + 1e-12)
-    for a, b, c in _STEPS:
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.transpose(-1, -2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x
     return x.transpose(-1, -2) if tall else x
 
 

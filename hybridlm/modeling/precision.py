@@ -41,7 +41,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def without_autocast(tensor: Tensor) -> Any:
     """A context in which products have the type of their factors."""
     device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type):  # entering the context costs more than the product of one token
+    # entering the context costs more than the product of one token; the meta device has none
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

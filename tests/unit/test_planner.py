@@ -21,6 +21,7 @@ TINY = [name for name in presets.preset_names() if name.startswith("tiny_") and 
 MIXER_OPTIONS = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "mamba2": {"head_dim": 8, "state_size": 16, "num_groups": 2},
+    "neural_memory": {"chunk_size": 4},
 }
 
 

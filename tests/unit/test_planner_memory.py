@@ -1,0 +1,58 @@
+"""What the planner says of memories equals a count of what is run."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from variants import MIXER_VARIANTS
+
+from hybridlm import MIXERS
+from hybridlm.analysis.flops import OperationCounter, memory_chunk_flops, mixing_flops, product_flops, step_flops
+from hybridlm.modeling.masks import SequenceInfo, plain_sequence
+from hybridlm.modeling.neural_memory import NeuralMemoryState
+
+VARIANTS = [name for name, spec in MIXER_VARIANTS.items() if spec["name"] == "neural_memory"]
+HIDDEN = 16
+
+
+@pytest.fixture(params=VARIANTS)
+def memory(request):
+    options = {key: value for key, value in MIXER_VARIANTS[request.param].items() if key != "name"}
+    return MIXERS["neural_memory"](HIDDEN, **options)
+
+
+def draw(memory, num_tokens):
+    """Queries and tokens as the scan takes them."""
+    shape = (1, num_tokens, memory.num_heads)
+    width = 2 * memory.head_dim + memory.gates.num_gates
+    return torch.randn(*shape, memory.head_dim), torch.randn(*shape, width).clamp(max=0.0)
+
+
+def test_the_scan_of_a_memory_equals_a_count_of_its_products(memory):
+    queries, tokens = draw(memory, 3 * memory.chunk_size)
+    with torch.no_grad(), OperationCounter() as counter:
+        memory.scan(queries, tokens, None, plain_sequence(queries))
+    assert counter.products == 3 * memory_chunk_flops(memory)
+    share = mixing_flops("neural_memory", memory, 7)
+    assert share - 1 < counter.products / (3 * memory.chunk_size) <= share
+
+
+def test_a_step_of_a_memory_costs_at_most_its_chunk_and_just_that_when_the_chunk_closes(memory):
+    found = []
+    for past in range(memory.chunk_size):
+        queries, tokens = draw(memory, 1)
+        spec = memory.state_spec(past, torch.float32)
+        state = NeuralMemoryState(**{name: torch.zeros(1, *shape) for name, (shape, _) in spec.items()})
+        place = torch.tensor([[past]])
+        sequence = SequenceInfo(1, place, place, num_past=place[0], uniform_past=past)
+        with torch.no_grad(), OperationCounter() as counter:
+            memory.scan(queries, tokens, state, sequence)
+        found.append(counter.products)
+    assert max(found) == found[-1] == step_flops("neural_memory", memory, 7)
+
+
+def test_projections_and_convolutions_of_a_memory_are_counted_once(memory):
+    hidden_states = torch.randn(1, 2 * memory.chunk_size, HIDDEN)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        memory(hidden_states)
+    expected = 2 * memory.chunk_size * product_flops(memory) + 2 * memory_chunk_flops(memory)
+    assert counter.get_total_flops() == expected

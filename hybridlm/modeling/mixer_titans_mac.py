@@ -82,6 +82,7 @@ class TitansMACMixer(nn.Module):
 
     state_type = TitansMACState
     full_precision = ("memory.qkv_proj", "memory.gates.proj", "query_proj")
+    applied_twice = ("attention.k_proj", "attention.v_proj", "memory.gate_proj", "memory.out_proj")  # to h too
 
     def __init__(
         self,
@@ -153,6 +154,8 @@ class TitansMACMixer(nn.Module):
                 read.append(self._read(weights, query))
         attended = segments.join(attended)
         output = self.gate(attended, self.memory.finish(segments.join(read), attended))
+        if torch.is_grad_enabled():  # where no full segment is followed by another, the gates have a gradient of 0
+            output = output + 0 * sum(parameter.sum() for parameter in self.memory.gates.parameters())
         if traces:
             sequence.journal.leave_trace(segments.join(traces))
         kept = [segments.still_open(buffer, dim) for buffer, dim in zip(buffers, (3, 3, 1), strict=True)]

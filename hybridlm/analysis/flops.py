@@ -176,19 +176,6 @@ def _transformer_xl_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
     return (part.farthest + 1, *range(0, num_tokens, part.segment_size))
 
 
-def _titans_window(part: nn.Module, num_past: int) -> int:
-    visible = min(num_past + 1, part.window) + part.attention.num_persistent
-    return 4 * part.num_heads * part.head_dim * visible + _neural_memory(part.memory, num_past)
-
-
-def _titans_window_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
-    return (part.window,)
-
-
-def _titans_mac_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
-    return range(0, num_tokens, part.segment_size)
-
-
 def _recurrent_shape(part: nn.Module) -> tuple[int, ...]:
     return part.state_spec(1, torch.float32)["recurrent_states"][0]
 
@@ -215,8 +202,23 @@ def _neural_memory_step(name: str, part: nn.Module, num_past: int) -> int:
 def memory_chunk_flops(memory: nn.Module) -> int:
     """Matrix products of a full chunk of a neural memory, in the chunk-parallel form; its tokens share them equally.
 
-    Those that weigh gradients by decays, that make the gradients (two for each layer, but one for the first), that read
-    the memory with the chunk's queries, and that move it on. As for attention, what is done to elements is left out.
+    Those with which it learns, and those that read it with the chunk's queries. As for attention, what is done to
+    elements is left out.
+    """
+    network, size = memory.scan.network, memory.chunk_size
+    if network.at_borders:  # only the last token reads another memory than that of the start
+        reading = (size + 1) * network.num_weights
+    else:  # the weights at the start, those to forget to, the momentum, and the gradients
+        reading = size * network.num_weights * (1 + (network.forget_to == "initial") + network.momentum)
+        reading += size * (size + memory.window - 1) * sum(a + b for a, b in network.shapes)
+    return learning_flops(memory) + 2 * network.num_heads * reading
+
+
+def learning_flops(memory: nn.Module) -> int:
+    """Matrix products with which a neural memory learns a full chunk.
+
+    Those that weigh gradients by decays, that make the gradients (two for each layer, but one for the first), and that
+    move the memory on.
     """
     network, size, sources = memory.scan.network, memory.chunk_size, memory.chunk_size + memory.window - 1
     weights, first = network.num_weights, network.shapes[0][0] * network.shapes[0][1]
@@ -224,16 +226,45 @@ def memory_chunk_flops(memory: nn.Module) -> int:
     moving = (1 + network.momentum) * sources * weights
     rules = size**2 * (size + 1) if network.momentum else 0
     rules += (size + 1) * size * sources if memory.window > 1 else 0
-    if network.at_borders:  # only the last token reads another memory than that of the start
-        reading = (size + 1) * weights
-    else:  # the weights at the start, those to forget to, the momentum, and the gradients
-        reading = size * weights * (1 + (network.forget_to == "initial") + network.momentum)
-        reading += size * sources * sum(a + b for a, b in network.shapes)
     if network.optimizer == "muon":
         for a, b in network.shapes:
             low, high = min(a, b), max(a, b)
             moving += NEWTON_SCHULZ_STEPS * low * low * (2 * high + low)
-    return 2 * network.num_heads * (rules + gradients + reading + moving)
+    return 2 * network.num_heads * (rules + gradients + moving)
+
+
+def _titans_window(part: nn.Module, num_past: int) -> int:
+    visible = min(num_past + 1, part.window) + part.attention.num_persistent
+    return 4 * part.num_heads * part.head_dim * visible + _neural_memory(part.memory, num_past)
+
+
+def _titans_window_step(name: str, part: nn.Module, num_past: int) -> int:
+    own = mixing_flops(name, part, num_past) - _neural_memory(part.memory, num_past)
+    return own + memory_chunk_flops(part.memory)
+
+
+def _titans_window_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
+    return (part.window,)
+
+
+def _titans_mac_own(part: nn.Module, num_past: int) -> int:
+    """All but the learning: attention to h and to x, and reading the memory for h and for the gate."""
+    visible = 2 * (num_past % part.segment_size + 1) + part.attention.num_persistent
+    reading = 2 * 2 * part.memory.num_heads * part.memory.scan.network.num_weights
+    return 4 * part.num_heads * part.head_dim * visible + reading
+
+
+def _titans_mac(part: nn.Module, num_past: int) -> int:
+    return _titans_mac_own(part, num_past) - (-learning_flops(part.memory) // part.segment_size)
+
+
+def _titans_mac_step(name: str, part: nn.Module, num_past: int) -> int:
+    """A token that closes its segment, at most; the others learn nothing."""
+    return _titans_mac_own(part, part.segment_size - 1) + learning_flops(part.memory)
+
+
+def _titans_mac_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:
+    return range(0, num_tokens, part.segment_size)
 
 
 def _none(part: nn.Module, num_past: int) -> int:
@@ -246,6 +277,7 @@ _FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "mamba2": _mamba2,
     "memorizing": _memorizing,
     "neural_memory": _neural_memory,
+    "titans_mac": _titans_mac,
     "titans_mag": _titans_window,
     "titans_mal": _titans_window,
     "transformer_xl": _transformer_xl,
@@ -264,5 +296,8 @@ _BREAKS: dict[str, Callable[[nn.Module, int], Iterable[int]]] = {
 }
 _STEPS: dict[str, Callable[[str, nn.Module, int], int]] = {
     "neural_memory": _neural_memory_step,
+    "titans_mac": _titans_mac_step,
+    "titans_mag": _titans_window_step,
+    "titans_mal": _titans_window_step,
     "transformer_xl": _transformer_xl_step,
 }

@@ -22,6 +22,9 @@ MIXER_OPTIONS = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "mamba2": {"head_dim": 8, "state_size": 16, "num_groups": 2},
     "neural_memory": {"chunk_size": 4},
+    "titans_mac": {"segment_size": 4},
+    "titans_mag": {"memory": {"name": "neural_memory", "chunk_size": 4}},
+    "titans_mal": {"memory": {"name": "neural_memory", "chunk_size": 4}},
 }
 
 

@@ -1,0 +1,194 @@
+"""What the runs of the memory comparison say: accuracies with errors, bounds, a table, sentences and a plot."""
+
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+TASK_WORDS = {"recall": "key-value recall", "passkey": "passkey"}
+WINDOW_AT_MOST, MEMORY_AT_LEAST, BOUND_LENGTH = 0.25, 0.8, "512"
+ABOVE_CHANCE = 3.0  # standard errors
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error over seeds; no error from a single one."""
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def read_out(scores: list[dict[str, int]], chance: float) -> dict[str, Any]:
+    """The accuracy of one arm at one task and length, over its seeds.
+
+    It is above chance if it lies `ABOVE_CHANCE` standard errors above, by the larger of two errors: that of the seeds,
+    and that of a guess at as many answers.
+    """
+    shares = [score["right"] / score["answers"] for score in scores]
+    mean, error = mean_and_error(shares)
+    of_guessing = math.sqrt(chance * (1 - chance) / sum(score["answers"] for score in scores))
+    return {
+        "mean": round(mean, 4),
+        "standard_error": None if error is None else round(error, 4),
+        "seeds": [round(share, 4) for share in shares],
+        "above_chance": mean > chance + ABOVE_CHANCE * max(of_guessing, error or 0.0),
+    }
+
+
+def summarize(runs: list[dict[str, Any]], about: dict[str, str], chance: float) -> dict[str, Any]:
+    """Accuracies by arm, task and length."""
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_arm.setdefault(run["arm"], []).append(run)
+    arms = {}
+    for arm, of_arm in by_arm.items():
+        scores = {
+            task: {
+                length: read_out([run["scores"][task][length] for run in of_arm], chance)
+                for length in of_arm[0]["scores"][task]
+            }
+            for task in of_arm[0]["scores"]
+        }
+        arms[arm] = {
+            "about": about[arm],
+            "parameters": of_arm[0]["parameters"],
+            "state_bytes": of_arm[0]["state_bytes"],
+            "steps": [sum(stage["steps"] for stage in run["stages"]) for run in of_arm],
+            "process_seconds": round(fmean(run["process_seconds"] for run in of_arm), 1),
+            "scores": scores,
+        }
+    return arms
+
+
+def check_bounds(arms: dict[str, Any], memories: list[str]) -> list[dict[str, Any]]:
+    """What must hold of recall at the longest trained length, of the arms that ran."""
+
+    def recall(arm: str) -> float:
+        return arms[arm]["scores"]["recall"][BOUND_LENGTH]["mean"]
+
+    bounds = []
+    if "window" in arms:
+        value = recall("window")
+        text = f"recall of the window alone at {BOUND_LENGTH} is at most {WINDOW_AT_MOST}"
+        bounds.append({"bound": text, "value": value, "holds": value <= WINDOW_AT_MOST})
+    ran = [arm for arm in memories if arm in arms]
+    if ran:
+        best = max(ran, key=recall)
+        text = f"recall of the best memory, {best}, at {BOUND_LENGTH} is at least {MEMORY_AT_LEAST}"
+        bounds.append({"bound": text, "value": recall(best), "holds": recall(best) >= MEMORY_AT_LEAST})
+    return bounds
+
+
+def figure_of(score: dict[str, Any]) -> str:
+    """An accuracy with its error, marked where it is not above chance."""
+    error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
+    return f"{score['mean']:.3f}{error}" + ("" if score["above_chance"] else " (at chance)")
+
+
+def table(arms: dict[str, Any]) -> str:
+    """One block of lines for each task."""
+    lines = []
+    for task, words in TASK_WORDS.items():
+        lengths = list(next(iter(arms.values()))["scores"][task])
+        lines.append(
+            f"{words:16} {'parameters':>10} {'state':>9} {'CPU s':>6}  " + " ".join(f"{n:>15}" for n in lengths)
+        )
+        for name, arm in arms.items():
+            cells = []
+            for length in lengths:
+                score = arm["scores"][task][length]
+                error = "     -" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
+                cells.append(f"{score['mean']:.3f}{error}{' ' if score['above_chance'] else '*'}".rjust(15))
+            head = f"{name:16} {arm['parameters']:10,} {arm['state_bytes']:9,} {arm['process_seconds']:6.0f}  "
+            lines.append(head + " ".join(cells))
+    return "\n".join([*lines, f"* not {ABOVE_CHANCE:g} standard errors above chance"])
+
+
+def separated(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether every seed of the first lies above every seed of the second, and there are at least three of each."""
+    return min(len(first["seeds"]), len(second["seeds"])) >= 3 and min(first["seeds"]) > max(second["seeds"])
+
+
+def sentences(arms: dict[str, Any], controls: dict[str, str], chance: float) -> list[str]:
+    """What the numbers say, and what they do not."""
+    lines = [f"Chance is {chance:.3f}."]
+    for task, words in TASK_WORDS.items():
+        lengths = list(next(iter(arms.values()))["scores"][task])
+        for length in lengths:
+            scores = {name: arm["scores"][task][length] for name, arm in arms.items()}
+            best = max(scores, key=lambda name: scores[name]["mean"])
+            below = [name for name in scores if separated(scores[best], scores[name])]
+            beside = [name for name in scores if name != best and name not in below]
+            text = f"{words} at {length}: best is {best} with {figure_of(scores[best])}"
+            if below:
+                text += f"; every seed of it lies above every seed of {', '.join(below)}"
+            if beside:
+                text += f"; it does not separate from {', '.join(beside)}"
+            guessing = [name for name, score in scores.items() if not score["above_chance"]]
+            lines.append(text + (f"; at chance: {', '.join(guessing)}." if guessing else "."))
+        for control, arm in controls.items():
+            lines.append(_compare(words, arm, control, arms, task, lengths))
+        lines += _fading(words, arms, task, lengths)
+    return lines
+
+
+def _compare(words: str, arm: str, control: str, arms: dict[str, Any], task: str, lengths: list[str]) -> str:
+    pairs = {n: (arms[arm]["scores"][task][n], arms[control]["scores"][task][n]) for n in lengths}
+    above = [n for n, (first, second) in pairs.items() if separated(first, second)]
+    below = [n for n, (first, second) in pairs.items() if separated(second, first)]
+    text = f"{words}: {arm} lies above its control {control} with every seed at {', '.join(above) or 'no length'}"
+    return text + (f", and below at {', '.join(below)}." if below else ".")
+
+
+def _fading(words: str, arms: dict[str, Any], task: str, lengths: list[str]) -> list[str]:
+    """How long what works at the trained length goes on working."""
+    lines = []
+    for name, arm in arms.items():
+        scores = arm["scores"][task]
+        if scores[lengths[0]]["mean"] < MEMORY_AT_LEAST:
+            continue
+        kept = [n for n in lengths if scores[n]["mean"] >= MEMORY_AT_LEAST]
+        longest = next((lengths[i - 1] for i, n in enumerate(lengths) if n not in kept), lengths[-1])
+        last = scores[lengths[-1]]
+        spread = f"{min(last['seeds']):.3f} to {max(last['seeds']):.3f} by seed"
+        lines.append(
+            f"{words}: {name} keeps {MEMORY_AT_LEAST} up to {longest}; at {lengths[-1]} it has "
+            f"{figure_of(last)}, {spread}."
+        )
+    return lines
+
+
+def draw(arms: dict[str, Any], chance: float, path: Path, about: str) -> None:
+    """Draw accuracy over length for both tasks, with standard errors and chance.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install 'hybridlm[plot]'") from error
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(TASK_WORDS), sharey=True)
+    markers = "os^vDP*Xdph"
+    for axis, (task, words) in zip(axes, TASK_WORDS.items(), strict=True):
+        for index, (name, arm) in enumerate(arms.items()):
+            scores = arm["scores"][task]
+            # side by side, so that errors can be told apart
+            places = [int(length) * (1 + 0.02 * (index - len(arms) / 2)) for length in scores]
+            axis.errorbar(
+                places, [score["mean"] for score in scores.values()],
+                yerr=[score["standard_error"] or 0.0 for score in scores.values()],
+                label=name, color=colormaps["tab20"].colors[(2 * index) % 20 + (index >= 10)],
+                marker=markers[index % len(markers)], markersize=4.5, capsize=2, linewidth=1.2,
+            )  # fmt: skip
+        axis.axhline(chance, color="black", linestyle=":", linewidth=1, label="chance")
+        lengths = [int(length) for length in scores]
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set(xlabel="tokens of a row (trained to 512)", title=words, ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of right answers, mean and standard error over seeds")
+    axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(about, fontsize="medium")
+    figure.savefig(path, dpi=120)

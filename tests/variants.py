@@ -22,10 +22,11 @@ MEMORY |= {"max_learning_rate": 8.0, "max_gradient": 3.0, "max_curvature": 2.0}
 MEMORIZING = {"name": "memorizing", "num_heads": 4, "num_kv_heads": 2, "position": ROPE}
 MEMORIZING |= {"window": 3, "memory_size": 7, "top_k": 4}
 XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size": 3}
-NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"}
+# gentler where attention feeds the memory, or the memory attention: rounding to bfloat16 must not grow
+NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"} | {"max_learning_rate": 1.5}
 MAC = ATTENTION | {"name": "titans_mac", "segment_size": 4, "num_persistent": 2, "memory": NESTED}
 MAG = WINDOW | {"name": "titans_mag", "num_persistent": 2, "memory": MEMORY | {"chunk_size": 4}}
-MAL = MAG | {"name": "titans_mal"}
+MAL = MAG | {"name": "titans_mal", "memory": MEMORY | {"chunk_size": 4, "max_learning_rate": 4.0}}
 # options that make a registered part small; a part that is not named here runs with its defaults, a little wider
 SMALL = {
     "attention": ATTENTION,
@@ -109,12 +110,11 @@ MIXER_VARIANTS = {
     "memorizing-multi_query": MEMORIZING | {"num_kv_heads": 1, "head_dim": 6, "top_k": 4, "window": 2},
     "memorizing-long_store": MEMORIZING | {"memory_size": 40, "top_k": 3, "gate_init": 1.0, "scale_init": 4.0},
     "titans_mac-omega": MAC
-    | {"memory": NESTED | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5}},
-    "titans_mac-atlas": MAC | {"memory": NESTED | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
-    "titans_mac-linear": MAC
-    | {"memory": NESTED | {"memory_depth": 1, "forget_to": "zero", "momentum": False, "output_gate": False}},
+    | {"memory": NESTED | {"omega_window": 4, "objective": "huber", "max_learning_rate": 6.0, "forget_to": "zero"}},
+    "titans_mac-atlas": MAC | {"memory": NESTED | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 0.7}},
+    "titans_mac-linear": MAC | {"memory": NESTED | {"memory_depth": 1, "momentum": False}},
     "titans_mac-retention": MAC
-    | {"memory": NESTED | {"objective": "lp", "retention": "lq", "normalize_values": False}},
+    | {"memory": NESTED | {"objective": "lp", "retention": "lq", "output_gate": False, "max_learning_rate": 3.0}},
     "titans_mac-detached": MAC | {"memory": NESTED | {"detach_memory": True, "conv_kernel": 1}},
     "titans_mac-segment_of_one": MAC
     | {"segment_size": 1, "position": {"name": "none"}, "memory": NESTED | {"max_learning_rate": 0.3}},
@@ -123,8 +123,9 @@ MIXER_VARIANTS = {
     "titans_mag-atlas": MAG | {"memory": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
     "titans_mag-nothing_persistent": MAG | {"num_persistent": 0, "qk_norm": True, "head_dim": 6},
     "titans_mag-detached": MAG | {"memory": MEMORY | {"detach_memory": True}, "window": 2},
-    "titans_mal-linear": MAL | {"memory": MEMORY | {"memory_depth": 1}, "num_kv_heads": 1},
-    "titans_mal-nothing_persistent": MAL | {"num_persistent": 0, "qk_norm": True, "position": {"name": "none"}},
+    "titans_mal-linear": MAL | {"memory": MAL["memory"] | {"memory_depth": 1}, "num_kv_heads": 1},
+    "titans_mal-nothing_persistent": MAL
+    | {"num_persistent": 0, "qk_norm": True, "memory": MAL["memory"] | {"max_learning_rate": 2.0}},
     "transformer_xl-no_detach": XL | {"detach_memory": False},
     "transformer_xl-long_memory": XL | {"memory_size": 11, "head_dim": 3},
     "transformer_xl-no_memory": XL | {"memory_size": 0, "segment_size": 5},

@@ -77,6 +77,31 @@ WRONG_PARTS = [
         "use 'yarn'",
     ),
 ]
+MAC, MAG, MAL = (small(f"titans_{kind}") for kind in ("mac", "mag", "mal"))
+INNER = {"name": "neural_memory", "num_heads": 2}
+WRONG_PARTS += [
+    (MAC | {"segment_size": 0}, "layer_specs.a.mixer.segment_size=0 must be at least 1"),
+    (MAC | {"window": 4}, "layer_specs.a.mixer: unknown option 'window'"),
+    (MAG | {"window": 0}, "layer_specs.a.mixer.window=0 must be at least 1"),
+    (MAL | {"window": None}, "layer_specs.a.mixer.window: expected int, got None (NoneType)"),
+    (MAC | {"num_persistent": -1}, "layer_specs.a.mixer.num_persistent=-1 must be at least 0"),
+    (MAG | {"num_persistent": -1}, "layer_specs.a.mixer.num_persistent=-1 must be at least 0"),
+    (MAL | {"num_kv_heads": 3}, "layer_specs.a.mixer.num_kv_heads=3 must divide num_heads=4"),
+    (MAC | {"memory": {"name": "mamba"}}, "layer_specs.a.mixer.memory.name: unknown 'mamba', expected one of ['neural"),
+    (
+        MAC | {"memory": {"num_heads": 2}},
+        "layer_specs.a.mixer.memory: expected a part such as {'name': 'neural_memory'}",
+    ),
+    (MAC | {"memory": "neural_memory"}, "layer_specs.a.mixer.memory: expected dict | None, got 'neural_memory' (str)"),
+    (MAG | {"memory": INNER | {"depth": 2}}, "layer_specs.a.mixer.memory: unknown option 'depth', expected one of ["),
+    (MAG | {"memory": INNER | {"chunk_size": 0}}, "layer_specs.a.mixer.memory.chunk_size=0 must be at least 1"),
+    (MAL | {"memory": INNER | {"memory_depth": 0}}, "layer_specs.a.mixer.memory.memory_depth=0 must be at least 1"),
+    (MAC | {"memory": INNER | {"optimizer": "adam"}}, "layer_specs.a.mixer.memory.optimizer: unknown 'adam'"),
+    (
+        MAC | {"memory": INNER | {"chunk_size": 8}},
+        "layer_specs.a.mixer.memory.chunk_size=8 must be null or segment_size=4: the memory moves on when a segment",
+    ),
+]
 WRONG_CHANNELS = [
     ({"name": "mlb"}, "layer_specs.a.channel_mixer.name: unknown 'mlb', expected one of ['mlp', 'moe', 'swiglu']"),
     (small("mlp") | {"activation": "gelo"}, "layer_specs.a.channel_mixer.activation: unknown 'gelo'"),

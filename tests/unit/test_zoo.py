@@ -31,6 +31,7 @@ def test_the_zoo_is_complete():
     promised = {"llama", "mistral", "mixtral", "mamba", "mamba2", "jamba", "jamba_3to1", "samba", "bamba"}
     promised |= {"granite_4_like", "mode", "switch", "deepseek_moe"}
     promised |= {"transformer_xl", "memorizing_llama"}
+    promised |= {"titans_lmm", "titans_mac", "titans_mag", "titans_mal", "jamba_titans"}
     promised |= {"mhc_jamba", "mod_llama", "mod_jamba", "merge_llama", "merge_jamba", "everything"}
     assert set(FULL) == promised
     assert set(TINY) == {f"tiny_{name}" for name in FULL}
@@ -124,6 +125,26 @@ def test_transformer_xl_is_the_published_one():
     layers = plan(presets.load_config("transformer_xl")).layers
     assert len(layers) == 18
     assert round(sum(layer.num_parameters for layer in layers) / 1e6) == 246
+
+
+@pytest.mark.parametrize(
+    ("name", "mixer"),
+    [("lmm", "neural_memory"), ("mac", "titans_mac"), ("mag", "titans_mag"), ("mal", "titans_mal")],
+)
+def test_the_titans_are_stacks_of_one_mixer_with_deep_memories_at_the_scale_of_the_paper(name, mixer):
+    # arXiv:2501.00663, section 5.1 and table 1: models of 340M parameters trained on 4096 tokens, deep memories
+    assert mixers(f"titans_{name}") == [mixer] * 24
+    memories = [part.get("memory", part) for part in parts(f"titans_{name}", "mixer")]
+    assert {(memory["memory_depth"], memory["objective"], memory["detach_memory"]) for memory in memories} == {
+        (2, "l2", False)
+    }
+    assert 310 <= plan(presets.load_config(f"titans_{name}")).total.num_parameters / 1e6 <= 360
+
+
+def test_jamba_titans_has_all_four_mechanisms():
+    names, channels = mixers("jamba_titans"), [part["name"] for part in parts("jamba_titans", "channel_mixer")]
+    assert [names.count(name) for name in ("mamba", "attention", "neural_memory")] == [18, 3, 3]
+    assert channels.count("moe") == 12
 
 
 def test_the_ninth_of_twelve_layers_memorizes():

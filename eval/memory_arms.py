@@ -77,10 +77,14 @@ def _window(settings: Settings) -> dict[str, Any]:
 
 
 def _memory(settings: Settings, **options: Any) -> dict[str, Any]:
-    """A neural memory; half the heads of attention, since 8 pairs need wide keys."""
+    """A neural memory; half the heads of attention, since 8 pairs need wide keys.
+
+    Without the output gate: with it recall at length 32 was at 0.2 after 450 steps, without it at 0.98 after 151.
+    """
     return {
         "name": "neural_memory",
-        "num_heads": settings.num_heads,
+        "output_gate": False,
+        "num_heads": settings.num_heads // 2,
         "chunk_size": settings.chunk,
         "memory_depth": 1,
         "forgetting_bias": -8.0,

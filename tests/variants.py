@@ -94,7 +94,8 @@ MIXER_VARIANTS = {
     "neural_memory-deep": MEMORY | {"memory_depth": 4, "memory_bias": True, "memory_activation": "silu"},
     "neural_memory-ttt": MEMORY
     | {"memory_residual": True, "momentum": False, "forgetting": False, "memory_bias": True},
-    "neural_memory-token_chunks": MEMORY | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False},
+    "neural_memory-token_chunks": MEMORY
+    | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False, "max_learning_rate": 2.0},
     "neural_memory-omega": MEMORY
     | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5, "max_learning_rate": 40.0},
     "neural_memory-atlas": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0},

@@ -55,6 +55,12 @@ class Coefficients(NamedTuple):
     momentum_write: Tensor
     rate: Tensor
 
+    def at(self, slots: Tensor) -> "Coefficients":
+        """The same for one token of the chunk, at slots `[B or 1]`."""
+        index = slots.view(-1, 1, 1).expand(*self.keep.shape[:2], 1)
+        write = self.write.gather(2, index[..., None].expand(-1, -1, 1, self.write.shape[-1]))
+        return self._replace(keep=self.keep.gather(2, index), carry=self.carry.gather(2, index), write=write)
+
 
 class Gradients(NamedTuple):
     """Rank-one gradients of every source.

@@ -74,7 +74,8 @@ class MemoryScan(nn.Module):
         width = self.network.head_dim
         grid = ChunkGrid.build(sequence, self.chunk_size)
         laid = grid.lay_out(tokens, None if state is None else state.open_tokens).transpose(2, 3)  # [B, N, H, C, F]
-        asked = grid.lay_out(queries, None).transpose(2, 3).unbind(1)
+        single = sequence.num_tokens == 1  # then only its own slot is read
+        asked = [queries.transpose(1, 2)] if single else grid.lay_out(queries, None).transpose(2, 3).unbind(1)
         keys, values, gates = laid.split([width, width, laid.shape[-1] - 2 * width], dim=-1)
         memory, momentum, recent = self.begin(state, tokens)
         rules = None
@@ -96,15 +97,8 @@ class MemoryScan(nn.Module):
                 rule = coefficients(gate, recent[..., 2 * width + GAMMA], self.network.momentum)
                 key = torch.cat([recent[..., :width], key], dim=2)
                 value = torch.cat([recent[..., width : 2 * width], value], dim=2)
-            output, after, trace = self._chunk(
-                memory,
-                momentum,
-                (key, value, gate, query),
-                rule,
-                n < grid.closing,
-                grid.closes[:, n],
-                sequence.need_trace,
-            )
+            tokens_of_chunk = key, value, gate, query
+            output, after, trace = self._chunk(memory, momentum, tokens_of_chunk, rule, grid, n, sequence.need_trace)
             outputs.append(output)
             if trace is not None:
                 traces.append(trace)
@@ -115,7 +109,7 @@ class MemoryScan(nn.Module):
             if recent is not None:
                 moved = torch.cat([recent, laid[:, n]], dim=2)[:, :, -recent.shape[2] :]
                 recent = grid.where_full(n, moved, recent)
-        output = grid.take(torch.stack(outputs, dim=1).transpose(2, 3))
+        output = outputs[0].transpose(1, 2) if single else grid.take(torch.stack(outputs, dim=1).transpose(2, 3))
         trace = None
         if traces:
             trace = grid.take(torch.stack(traces, dim=1).transpose(2, 3))
@@ -143,26 +137,28 @@ class MemoryScan(nn.Module):
         momentum: Tensor | None,
         tokens: tuple[Tensor, Tensor, Tensor, Tensor],
         rule: Coefficients,
-        may_close: bool,
-        closes: Tensor,
+        grid: ChunkGrid,
+        n: int,
         need_trace: bool,
     ) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None, Tensor | None]:
         key, value, gate, query = tokens
         network = self.network
         weights = network.weights(memory)
         gradients = network.gradients(weights, key, value)
-        after = network.advance(memory, momentum, gradients, rule) if may_close else None
+        after = network.advance(memory, momentum, gradients, rule) if n < grid.closing else None
         if not network.at_borders:
+            if query.shape[2] < gate.shape[2]:  # a call of one token
+                rule = rule.at(grid.place[:, 0] % self.chunk_size)
             output = network.read_moving(weights, momentum, gradients, rule, query)
         else:
             output = network.read(weights, query)
             if after is not None:
                 last = network.read(network.weights(after[0]), query[:, :, -1:])
-                last = torch.where(closes[:, None, None, None], last, output[:, :, -1:])
+                last = torch.where(grid.closes[:, n, None, None, None], last, output[:, :, -1:])
                 output = torch.cat([output[:, :, :-1], last], dim=2)
         trace = None
         if need_trace:
-            trace = trace_of(gradients.surprise[..., -query.shape[2] :], weights, gate, network.momentum)
+            trace = trace_of(gradients.surprise[..., -gate.shape[2] :], weights, gate, network.momentum)
         return output, after, trace
 
 

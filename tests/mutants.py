@@ -33,6 +33,8 @@ OWN_GUARDS = {
     ("memorizing", "store_order"): "test_of_equal_keys_the_latest_are_chosen_however_the_sequence_is_cut",
     ("memorizing", "rounded_similarity"): "test_of_equal_keys_the_latest_are_chosen_however_the_sequence_is_cut",
     ("memorizing", "detached_memory"): "test_the_gradient_reaches_the_window_and_the_store_only_if_it_is_not_detached",
+    ("titans_mac", "context_prefix"): "test_no_token_reaches_what_comes_before_it_by_value_or_by_gradient",
+    ("titans_mac", "memory_before_segment"): "test_no_token_reaches_what_comes_before_it_by_value_or_by_gradient",
     ("transformer_xl", "segment_border"): "test_it_is_the_paper_s_loop_over_segments",
     ("transformer_xl", "memory_border"): "test_the_context_grows_by_the_memory_with_every_layer",
     ("transformer_xl", "detached_memory"): "test_the_gradient_stops_exactly_at_the_border_of_the_segment",
@@ -138,6 +140,27 @@ def break_own(mixer, guard):
     from hybridlm import MIXERS
     from hybridlm.modeling import mixer_memorizing
 
+    part = MIXERS[mixer]
+    if guard == "context_prefix":  # what the memory says of all tokens of the segment
+        visible = part.visible
+
+        def all_of_the_context(piece, num_slots):
+            shown = visible(piece, num_slots).clone()
+            shown[..., :num_slots] = True
+            return shown
+
+        part.visible = staticmethod(all_of_the_context)
+        return
+    if guard == "memory_before_segment":  # the gate reads the memory that has learned the segment
+        learn = part._learn
+
+        def learn_early(self, fast, weights, *others):
+            after = learn(self, fast, weights, *others)
+            weights[:] = self.network.weights(after.memory)
+            return after
+
+        part._learn = learn_early
+        return
     if guard == "store_order":  # of equal keys the earliest
         find = mixer_memorizing.nearest
 
@@ -158,7 +181,6 @@ def break_own(mixer, guard):
         "memory_border": ("memory_size", -1),
         "detached_memory": ("detach_memory", None),
     }[guard]
-    part = MIXERS[mixer]
     forward = part.forward
 
     def broken(self, *arguments, **named):

@@ -76,8 +76,9 @@ class TitansMACMixer(nn.Module):
         qk_norm: Whether queries and keys are RMS-normalised per head.
         norm_eps: Added to mean squares.
         memory: `{"name": "neural_memory", ...}` with the options of that mixer; `chunk_size` follows from
-            `segment_size`. By default the outer gradient flows through all segments; with its `detach_memory` what a
-            segment does to the memory is learned from the next segment alone: the memory it started from is a constant.
+            `segment_size`. By default the outer gradient flows through all segments; with its `detach_memory` the
+            memory that an update starts from is a constant, and the gradient reaches earlier segments only through
+            what was read of them.
     """
 
     state_type = TitansMACState

@@ -15,6 +15,7 @@ from memory_arms import Settings, build_config, build_model, row_state_bytes
 from torch import Tensor, nn
 
 from hybridlm.data import RecallRows, key_value_recall, passkey
+from hybridlm.data.recall import NO_LABEL
 
 logger = logging.getLogger("memory")
 TASKS = ("recall", "passkey")
@@ -24,15 +25,32 @@ TEST_SEED = 10**9  # training rows have smaller ones
 def rows_of(task: str, num_rows: int, length: int, settings: Settings, seed: int) -> RecallRows:
     """Rows of one of `TASKS`."""
     if task == "recall":
-        pairs = settings.num_pairs
-        return key_value_recall(num_rows, length, seed=seed, num_pairs=pairs, vocabulary=settings.vocabulary)
+        # with the answers in the row, the shortest one would hold no filler, and all later ones would
+        options = {"num_pairs": settings.num_pairs, "vocabulary": settings.vocabulary, "show_answers": False}
+        return key_value_recall(num_rows, length, seed=seed, **options)
     return passkey(num_rows, length, seed=seed, vocabulary=settings.vocabulary)
 
 
-def right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each answer, whether it has the largest logit at the token before; flat."""
-    asked = labels[:, 1:] >= 0
-    return logits[:, :-1][asked].argmax(-1) == labels[:, 1:][asked]
+def targets_of(labels: Tensor) -> Tensor:
+    """`[N, T]`, what each token must predict, from labels at their own places."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
+
+
+def right(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each answer, whether it has the largest logit; flat."""
+    asked = targets != NO_LABEL
+    return logits[asked].argmax(-1) == targets[asked]
+
+
+@torch.no_grad()
+def right_by_pieces(model: nn.Module, rows: RecallRows, piece: int) -> Tensor:
+    """The same of whole rows, which are read piece by piece: a long row costs what its tokens cost."""
+    marks, cache = [], None
+    for tokens, targets in zip(rows.input_ids.split(piece, 1), targets_of(rows.labels).split(piece, 1), strict=True):
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        marks.append(right(output.logits, targets))
+    return torch.cat(marks)
 
 
 class Trainee:
@@ -63,7 +81,7 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
-        return right(output.logits.detach(), rows.labels).float().mean().item()
+        return right(output.logits.detach(), targets_of(rows.labels)).float().mean().item()
 
     def stage(self, task: str, number: int, length: int, num_rows: int, max_steps: int) -> dict[str, Any]:
         """Train at one length until it is solved or the steps are used up."""
@@ -85,19 +103,20 @@ class Trainee:
         )  # fmt: skip
         return record
 
-    @torch.no_grad()
     def test(self, task: str) -> dict[str, dict[str, float | int]]:
         """Score rows that were not trained on, at every length; keys are lengths."""
         settings, scores = self.settings, {}
         self.model.eval()
         for length in settings.test_lengths:
             rows = rows_of(task, settings.test_rows, length, settings, TEST_SEED)
-            batch = max(1, settings.test_batch_tokens // length)
-            marks = torch.cat([
-                right(self.model(input_ids=tokens).logits, labels)
-                for tokens, labels in zip(rows.input_ids.split(batch), rows.labels.split(batch), strict=True)
-            ])  # fmt: skip
-            scores[str(length)] = {"right": int(marks.sum()), "answers": marks.numel(), "rows": settings.test_rows}
+            started = time.process_time()
+            marks = right_by_pieces(self.model, rows, settings.test_piece)
+            scores[str(length)] = {
+                "right": int(marks.sum()),
+                "answers": marks.numel(),
+                "rows": settings.test_rows,
+                "process_seconds": round(time.process_time() - started, 1),
+            }
         self.model.train()
         return scores
 

@@ -16,27 +16,52 @@ import memory_run as runs  # noqa: E402
 
 SETTINGS = replace(
     arms.QUICK, hidden_size=32, num_heads=2, num_parameters=40_000, stages=((32, 4, 2),), passkey=(24, 4, 1),
-    test_lengths=(40, 48), test_rows=6, test_batch_tokens=100,
+    test_lengths=(40, 48), test_rows=6, test_piece=20,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", arms.ARMS)
-def test_arms_have_equal_parameters_and_memories_equal_state(arm):
+def test_arms_have_equal_parameters(arm):
     settings = arms.Settings()
-    config = arms.build_config(arm, settings)
-    assert arms._count(config) == pytest.approx(settings.num_parameters, rel=0.02)
-    if arms.ARMS[arm].equal_state:
-        assert arms.row_state_bytes(arm, settings) == pytest.approx(arms.row_state_bytes("lmm", settings), rel=0.5)
+    assert arms._outline(arms.build_config(arm, settings)).num_parameters() == pytest.approx(130_000, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("arm", "more"),
+    [
+        ("lmm-frozen", 0),
+        ("mamba2", 0),
+        ("mag", 7 * 2 * 64 * 4),  # its own window
+        ("mal", 7 * 2 * 64 * 4),
+    ],
+)
+def test_states_are_as_large_as_that_of_the_memory_but_for_a_window(arm, more):
+    settings = arms.Settings()
+    assert arms.row_state_bytes(arm, settings) == arms.row_state_bytes("lmm", settings) + more
 
 
 def test_right_answers_are_predicted_by_the_token_before():
-    labels = torch.tensor([[-100, 3, -100, 1]])
+    targets = runs.targets_of(torch.tensor([[-100, 3, -100, 1]]))
     logits = torch.nn.functional.one_hot(torch.tensor([[3, 0, 2, 1]]), 4).float()
-    assert runs.right(logits, labels).tolist() == [True, False]
+    assert targets.tolist() == [[3, -100, 1, -100]]
+    assert runs.right(logits, targets).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("arm", arms.ARMS)
+@pytest.mark.parametrize("task", runs.TASKS)
+def test_rows_read_by_pieces_have_the_scores_of_whole_rows(arm, task):
+    model = arms.build_model(arm, SETTINGS, seed=0).eval()
+    rows = runs.rows_of(task, 8, 60, SETTINGS, seed=0)
+    with torch.no_grad():
+        whole = runs.right(model(input_ids=rows.input_ids).logits, runs.targets_of(rows.labels))
+    assert sum(runs.right_by_pieces(model, rows, 13).tolist()) == whole.sum()
 
 
 def test_two_steps_of_an_arm_give_the_same_scores_again():
     first, again = (runs.run("lmm", SETTINGS, seed=0) for _ in range(2))
+    for scores in (first["scores"], again["scores"]):
+        for score in (score for of_task in scores.values() for score in of_task.values()):
+            del score["process_seconds"]
     assert first["scores"] == again["scores"]
     assert [(stage["task"], stage["steps"]) for stage in first["stages"]] == [("recall", 2), ("passkey", 1)]
     assert {length: score["answers"] for length, score in first["scores"]["recall"].items()} == {"40": 48, "48": 48}

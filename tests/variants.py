@@ -95,7 +95,7 @@ MIXER_VARIANTS = {
     "neural_memory-ttt": MEMORY
     | {"memory_residual": True, "momentum": False, "forgetting": False, "memory_bias": True},
     "neural_memory-token_chunks": MEMORY
-    | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False, "max_learning_rate": 2.0},
+    | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False, "max_learning_rate": 1.0},
     "neural_memory-omega": MEMORY
     | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5, "max_learning_rate": 40.0},
     "neural_memory-atlas": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0},
@@ -215,11 +215,23 @@ def structure_subject(name):
     return Subject(build([(MAMBA, small("mlp")), (ATTENTION, small("swiglu"))], **STRUCTURES[name]))
 
 
+def gentle(mixer):
+    """The mixer with the learning rate that memories have by default, where rounding does not grow."""
+    if "max_learning_rate" in mixer:
+        return mixer | {"max_learning_rate": 1.0}
+    return mixer | {"memory": gentle(mixer["memory"])} if mixer.get("memory") else mixer
+
+
+# four layers each: in a model as deep as there are mixers, rounding to bfloat16 adds up
+TRIOS = ["-".join(list(MIXERS)[i : i + 3]) for i in range(0, len(MIXERS), 3)]
+
+
 @lru_cache(maxsize=8)
-def hybrid_subject(dtype=torch.float64, residual="plain"):
-    """Every mixer, and experts with losses, in one model."""
-    mixers = [small(name) for name in MIXERS] + [WINDOW | {"num_sinks": 2}]
-    channels = [None, CHANNEL_VARIANTS["moe-losses"]]
+def hybrid_subject(dtype=torch.float64, residual="plain", trio=None):
+    """Every mixer and experts with losses in one model, or three mixers without what rounding sends elsewhere."""
+    mixers = [small(name) for name in MIXERS] if trio is None else [gentle(small(name)) for name in trio.split("-")]
+    mixers.append(WINDOW | {"num_sinks": 2})
+    channels = [None, CHANNEL_VARIANTS["moe-losses"] if trio is None else small("mlp")]
     layers = [(mixer, channels[i % 2]) for i, mixer in enumerate(mixers)]
     return Subject(build(layers, residual=RESIDUAL_OPTIONS[residual]).to(dtype))
 

@@ -8,6 +8,7 @@ from typing import Any
 TASK_WORDS = {"recall": "key-value recall", "passkey": "passkey"}
 WINDOW_AT_MOST, MEMORY_AT_LEAST, BOUND_LENGTH = 0.25, 0.8, "512"
 ABOVE_CHANCE = 3.0  # standard errors
+SEEDS_TO_SEPARATE = 3
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
@@ -50,11 +51,18 @@ def summarize(runs: list[dict[str, Any]], about: dict[str, str], chance: float) 
             "about": about[arm],
             "parameters": of_arm[0]["parameters"],
             "state_bytes": of_arm[0]["state_bytes"],
-            "steps": [sum(stage["steps"] for stage in run["stages"]) for run in of_arm],
+            "stages": [_stage(of_arm, number) for number in range(len(of_arm[0]["stages"]))],
             "process_seconds": round(fmean(run["process_seconds"] for run in of_arm), 1),
             "scores": scores,
         }
     return arms
+
+
+def _stage(runs: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    """One stage of training: what is the same for all seeds, and steps and accuracies by seed."""
+    stages = [run["stages"][number] for run in runs]
+    same = {key: stages[0][key] for key in ("task", "length", "rows", "max_steps")}
+    return same | {key: [stage[key] for stage in stages] for key in ("steps", "accuracy")}
 
 
 def check_bounds(arms: dict[str, Any], memories: list[str]) -> list[dict[str, Any]]:
@@ -102,38 +110,71 @@ def table(arms: dict[str, Any]) -> str:
 
 
 def separated(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether every seed of the first lies above every seed of the second, and there are at least three of each."""
-    return min(len(first["seeds"]), len(second["seeds"])) >= 3 and min(first["seeds"]) > max(second["seeds"])
+    """Whether every seed of the first lies above every seed of the second."""
+    return min(first["seeds"]) > max(second["seeds"])
 
 
 def sentences(arms: dict[str, Any], controls: dict[str, str], chance: float) -> list[str]:
     """What the numbers say, and what they do not."""
-    lines = [f"Chance is {chance:.3f}."]
+    some = next(iter(arms.values()))["scores"]
+    lengths = list(some["recall"])
+    lines = [f"Chance is {chance:.4g}.", _sizes(arms), *_learning(arms)]
+    enough = len(some["recall"][lengths[0]]["seeds"]) >= SEEDS_TO_SEPARATE
+    if not enough:
+        lines.append(f"Fewer than {SEEDS_TO_SEPARATE} seeds: nothing is said of what separates.")
     for task, words in TASK_WORDS.items():
-        lengths = list(next(iter(arms.values()))["scores"][task])
         for length in lengths:
-            scores = {name: arm["scores"][task][length] for name, arm in arms.items()}
-            best = max(scores, key=lambda name: scores[name]["mean"])
-            below = [name for name in scores if separated(scores[best], scores[name])]
-            beside = [name for name in scores if name != best and name not in below]
-            text = f"{words} at {length}: best is {best} with {figure_of(scores[best])}"
-            if below:
-                text += f"; every seed of it lies above every seed of {', '.join(below)}"
-            if beside:
-                text += f"; it does not separate from {', '.join(beside)}"
-            guessing = [name for name, score in scores.items() if not score["above_chance"]]
-            lines.append(text + (f"; at chance: {', '.join(guessing)}." if guessing else "."))
-        for control, arm in controls.items():
-            lines.append(_compare(words, arm, control, arms, task, lengths))
+            lines.append(
+                _best(words, length, {name: arm["scores"][task][length] for name, arm in arms.items()}, enough)
+            )
+        if enough:
+            lines += [
+                _compare(words, arms[arm], arms[control], task, arm, control) for control, arm in controls.items()
+            ]
         lines += _fading(words, arms, task, lengths)
     return lines
 
 
-def _compare(words: str, arm: str, control: str, arms: dict[str, Any], task: str, lengths: list[str]) -> str:
-    pairs = {n: (arms[arm]["scores"][task][n], arms[control]["scores"][task][n]) for n in lengths}
+def _sizes(arms: dict[str, Any]) -> str:
+    counts = [arm["parameters"] for arm in arms.values()]
+    spread = 100 * (max(counts) / min(counts) - 1)
+    by_size: dict[int, list[str]] = {}
+    for name, arm in arms.items():
+        by_size.setdefault(arm["state_bytes"], []).append(name)
+    states = "; ".join(f"{size:,} bytes: {', '.join(names)}" for size, names in sorted(by_size.items()))
+    return f"Parameters differ by {spread:.1f} % at most. State of a row: {states}."
+
+
+def _learning(arms: dict[str, Any]) -> list[str]:
+    """How many steps the first stage took, which is speed of learning under this recipe, not capacity."""
+    lines = []
+    for name, arm in arms.items():
+        first = arm["stages"][0]
+        steps = ", ".join(
+            str(steps) if steps < first["max_steps"] else f"not in {steps} ({accuracy:.2f} right)"
+            for steps, accuracy in zip(first["steps"], first["accuracy"], strict=True)
+        )
+        lines.append(f"{name}: steps until {first['length']} tokens are solved, by seed: {steps}.")
+    return lines
+
+
+def _best(words: str, length: str, scores: dict[str, Any], enough: bool) -> str:
+    best = max(scores, key=lambda name: scores[name]["mean"])
+    text = f"{words} at {length}: best is {best} with {figure_of(scores[best])}"
+    if enough:
+        below = [name for name in scores if separated(scores[best], scores[name])]
+        beside = [name for name in scores if name != best and name not in below]
+        text += f"; every seed of it lies above every seed of {', '.join(below)}" if below else ""
+        text += f"; it does not separate from {', '.join(beside)}" if beside else ""
+    guessing = [name for name, score in scores.items() if not score["above_chance"]]
+    return text + (f"; at chance: {', '.join(guessing)}." if guessing else ".")
+
+
+def _compare(words: str, arm: dict[str, Any], control: dict[str, Any], task: str, name: str, of_control: str) -> str:
+    pairs = {n: (arm["scores"][task][n], control["scores"][task][n]) for n in arm["scores"][task]}
     above = [n for n, (first, second) in pairs.items() if separated(first, second)]
     below = [n for n, (first, second) in pairs.items() if separated(second, first)]
-    text = f"{words}: {arm} lies above its control {control} with every seed at {', '.join(above) or 'no length'}"
+    text = f"{words}: {name} lies above its control {of_control} with every seed at {', '.join(above) or 'no length'}"
     return text + (f", and below at {', '.join(below)}." if below else ".")
 
 

@@ -104,8 +104,13 @@ def test_scores_have_the_error_of_their_seeds_and_are_marked_at_chance():
 
 
 def arms_with(**recall):
-    scores = {name: {"512": score(*shares), "1024": score(*shares)} for name, shares in recall.items()}
-    return {name: {"scores": {"recall": of, "passkey": of}} for name, of in scores.items()}
+    first = {"length": 32, "max_steps": 9, "steps": [7, 9, 8], "accuracy": [0.99, 0.5, 0.98]}
+    summary = {}
+    for number, (name, shares) in enumerate(recall.items()):
+        scores = {"512": score(*shares), "1024": score(*shares)}
+        sizes = {"parameters": 1000 + number, "state_bytes": 64 * (1 + number // 2)}
+        summary[name] = {"scores": {"recall": scores, "passkey": scores}, "stages": [first], **sizes}
+    return summary
 
 
 @pytest.mark.parametrize(
@@ -127,3 +132,11 @@ def test_arms_separate_only_when_no_seed_overlaps():
     assert "not separate from mac" in line
     assert "key-value recall: lmm lies above its control window with every seed at 512, 1024." in text
     assert "key-value recall: lmm keeps 0.8 up to 1024; at 1024 it has 0.947 ± 0.026, 0.900 to 0.990 by seed." in text
+
+
+def test_sizes_and_speed_of_learning_are_said_and_one_seed_separates_nothing():
+    text = report.sentences(arms_with(window=[0.1], lmm=[0.9], mac=[0.8]), {"window": "lmm"}, 1 / 32)
+    assert "Parameters differ by 0.2 % at most. State of a row: 64 bytes: window, lmm; 128 bytes: mac." in text
+    assert "lmm: steps until 32 tokens are solved, by seed: 7, not in 9 (0.50 right), 8." in text
+    assert "key-value recall at 512: best is lmm with 0.900." in text
+    assert not any("separate from" in line or "control" in line for line in text)

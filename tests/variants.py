@@ -216,7 +216,9 @@ def structure_subject(name):
 
 
 def gentle(mixer):
-    """The mixer with the learning rate that memories have by default, where rounding does not grow."""
+    """The mixer where rounding neither grows nor chooses: memories with their default learning rate, all neighbours."""
+    if "top_k" in mixer:
+        return mixer | {"top_k": mixer["memory_size"]}
     if "max_learning_rate" in mixer:
         return mixer | {"max_learning_rate": 1.0}
     return mixer | {"memory": gentle(mixer["memory"])} if mixer.get("memory") else mixer

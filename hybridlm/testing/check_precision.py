@@ -6,6 +6,9 @@ import torch
 
 from .base import Subject
 
+# tensors of a state that a recurrence or a memory moves on
+WIDE_STATES = ("recurrent_states", "memory", "momentum", "open_tokens", "recent_tokens")
+
 
 def bf16_is_close(subject: Subject) -> float:
     """In bfloat16 logits are bfloat16, finite, and near the float32 ones, whole and token by token.
@@ -36,7 +39,7 @@ def recurrent_states_are_wide(subject: Subject) -> float:
     for number, part in cache.parts().items():
         of_span = number.startswith("span")
         for name, state in part.named_tensors().items():
-            if state.is_floating_point() and (of_span or name.endswith("recurrent_states")):
+            if state.is_floating_point() and (of_span or name.rsplit(".", 1)[-1] in WIDE_STATES):
                 assert state.dtype == torch.float32, f"{number}.{name} is {state.dtype}"
     return 0.0
 

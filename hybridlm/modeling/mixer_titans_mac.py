@@ -168,7 +168,8 @@ class TitansMACMixer(nn.Module):
             open_tokens=kept[2],
             memory=fast.memory,
             momentum=fast.momentum,
-            recent_tokens=None if fast.recent is None else fast.recent.transpose(1, 2),
+            # a view would keep the whole segment alive
+            recent_tokens=None if fast.recent is None else fast.recent.transpose(1, 2).clone(),
         )
 
     @property

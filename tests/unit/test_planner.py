@@ -10,6 +10,7 @@ from hybridlm import presets
 from hybridlm.analysis import plan
 from hybridlm.analysis.flops import OperationCounter, mixing_flops, product_flops, stream_flops
 from hybridlm.modeling import mixer_mamba, mixer_mamba2
+from hybridlm.modeling.cache_entries import fields_of
 from hybridlm.modeling.channel_moe import Experts, MoE
 from hybridlm.modeling.mixer_attention import AttentionMixer
 from hybridlm.modeling.mixer_mamba import MambaMixer
@@ -103,7 +104,7 @@ def recorded_bytes(cache):
             kept = [inputs for inputs, _ in getattr(entry, "inputs", [])]
             for state in (getattr(entry, "base", None), getattr(entry, "mark", None)):
                 if state is not None and state is not entry.state:
-                    kept += vars(state).values()
+                    kept += fields_of(state).values()
             storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept})
     return sum(storages.values())
 

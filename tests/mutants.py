@@ -26,6 +26,9 @@ GUARDS = {
     "initial_state": "a call begins from the state that it is given",
     "state_rollback": "crop restores an earlier state",
 }
+LONG_INPUTS = "test_long_inputs_leave_reads_memory_and_gradients_bounded_whatever_the_gates"
+ONE_CHUNK = "test_a_chunk_moves_the_memory_by_its_bounds_at_most_however_large_the_learned_weights_are"
+PROJECTIONS = "test_projections_of_any_size_leave_a_memory_bounded"
 # guards of one mixer alone, and the test in its own file that must see them gone
 OWN_GUARDS = {
     ("memorizing", "window_border"): "test_the_store_holds_the_last_tokens_that_left_the_window_of_the_own_document",
@@ -33,6 +36,14 @@ OWN_GUARDS = {
     ("memorizing", "store_order"): "test_of_equal_keys_the_latest_are_chosen_however_the_sequence_is_cut",
     ("memorizing", "rounded_similarity"): "test_of_equal_keys_the_latest_are_chosen_however_the_sequence_is_cut",
     ("memorizing", "detached_memory"): "test_the_gradient_reaches_the_window_and_the_store_only_if_it_is_not_detached",
+    ("neural_memory", "momentum_share"): LONG_INPUTS,
+    ("neural_memory", "chunk_share"): LONG_INPUTS,
+    ("neural_memory", "window_share"): ONE_CHUNK,
+    ("neural_memory", "unit_keys"): PROJECTIONS,
+    ("neural_memory", "unit_values"): PROJECTIONS,
+    ("neural_memory", "max_gradient"): ONE_CHUNK,
+    ("neural_memory", "max_curvature"): ONE_CHUNK,
+    ("neural_memory", "min_forgetting"): "test_a_memory_that_is_pushed_one_way_for_ever_stays_in_a_ball",
     ("titans_mac", "context_prefix"): "test_no_token_reaches_what_comes_before_it_by_value_or_by_gradient",
     ("titans_mac", "memory_before_segment"): "test_no_token_reaches_what_comes_before_it_by_value_or_by_gradient",
     ("transformer_xl", "segment_border"): "test_it_is_the_paper_s_loop_over_segments",
@@ -194,6 +205,50 @@ def break_own(mixer, guard):
     part.forward = broken
 
 
+def break_bound(guard):
+    """Remove a bound of the neural memory's update."""
+    import torch
+
+    from hybridlm.modeling.memory import MemoryNetwork
+    from hybridlm.modeling.memory_gates import MemoryGates
+    from hybridlm.modeling.neural_memory import NeuralMemory
+
+    factors = {
+        "momentum_share": lambda gates, log_eta: -1 / torch.expm1(log_eta) if gates.momentum else 1.0,
+        "chunk_share": lambda gates, log_eta: gates.chunk_size,
+        "window_share": lambda gates, log_eta: gates.window,
+    }
+    if guard in factors:
+        choose = MemoryGates.forward
+
+        def faster(self, hidden_states):
+            theta, log_eta, *others = choose(self, hidden_states).unbind(-1)
+            return torch.stack([theta * factors[guard](self, log_eta), log_eta, *others], dim=-1)
+
+        MemoryGates.forward = faster
+        return
+    if guard in ("unit_keys", "unit_values"):
+        associate, place = NeuralMemory.associate, {"unit_keys": 0, "unit_values": 1}[guard]
+
+        def of_any_length(self, mixed, gates):
+            queries, tokens = associate(self, mixed, gates)
+            plain = torch.nn.functional.silu(mixed).unflatten(-1, (3, self.num_heads, self.head_dim))
+            columns = slice(place * self.head_dim, (place + 1) * self.head_dim)
+            tokens[..., columns] = plain[..., place + 1, :, :]
+            return queries, tokens
+
+        NeuralMemory.associate = of_any_length
+        return
+    owner, nothing = (MemoryGates, 0.0) if guard == "min_forgetting" else (MemoryNetwork, None)
+    build = owner.__init__
+
+    def without(self, *arguments, **named):
+        build(self, *arguments, **named)
+        setattr(self, guard, nothing)
+
+    owner.__init__ = without
+
+
 def break_border(part, sequence, half):
     """Let documents run into one another in one half of a mixer."""
     convolve, starts = type(part.conv1d).forward, None if half == "convolution" else sequence.starts
@@ -253,7 +308,9 @@ def run_mutant(cell, loud=False):
     import pytest
 
     mixer, (guard, _, half) = cell[0], cell[1].partition("/")
-    if cell in OWN_GUARDS:
+    if cell in OWN_GUARDS and mixer == "neural_memory":
+        break_bound(guard)
+    elif cell in OWN_GUARDS:
         break_own(*cell)
     elif guard == "state_rollback":
         break_rollback(mixer)

@@ -11,8 +11,8 @@ with S the momentum at the start. No gradient of a token is ever made as a matri
 autograd, and the outer gradient goes through it.
 
 Bounds keep it stable: a token's slope has at most the length `max_gradient`, and a token whose step would move its own
-prediction more than a linear memory's does (its curvature: the squared length of its gradient over that of its slope)
-is scaled down to `max_curvature`. Both are one factor a token.
+prediction beyond its value (by its curvature: the squared length of its gradient over that of its slope) is scaled down
+to `max_curvature`. Both are one factor a token.
 
 Shapes: B batch, H heads, C tokens of a chunk, J sources (C, and those of a window before it), K key width, V value
 width, P weights of a head.
@@ -96,7 +96,8 @@ class MemoryNetwork(nn.Module):
         momentum: Whether a momentum is kept.
         forget_to: `initial` or `zero`.
         max_gradient: Largest slope of a token; `None` for no bound.
-        max_curvature: Largest curvature of a token, 1 for a linear memory with unit keys; `None` for no bound.
+        max_curvature: Largest curvature of a token, `None` for no bound. A linear memory with unit keys has 1; at
+            0.5 the largest step of `l2` lands on the value, and beyond that the memory swings around it.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class MemoryNetwork(nn.Module):
         momentum: bool = True,
         forget_to: str = "initial",
         max_gradient: float | None = 2.0,
-        max_curvature: float | None = 1.0,
+        max_curvature: float | None = 0.5,
     ) -> None:
         super().__init__()
         check_name("activation", activation, tuple(_ACTIVATIONS))

@@ -195,7 +195,8 @@ class NeuralMemory(nn.Module):
         max_learning_rate: Bound of what a chunk moves along one direction, in full steps; 0 never learns.
         min_forgetting: Smallest share that a token forgets.
         max_gradient: Largest slope of a token; `None` for no bound.
-        max_curvature: Largest curvature of a token, 1 for a linear memory with unit keys; `None` for no bound.
+        max_curvature: Largest curvature of a token, `None` for no bound. A linear memory with unit keys has 1; at
+            0.5 the largest step of `l2` lands on the value, and beyond that the memory swings around it.
         normalize_values: Whether values have unit length, as queries and keys do.
         learning_rate_bias: Initial bias of the learning rate.
         momentum_bias: Initial bias of the momentum decay.
@@ -209,7 +210,7 @@ class NeuralMemory(nn.Module):
     """
 
     state_type = NeuralMemoryState
-    full_precision = ("qkv_proj", "proj")
+    full_precision = ("qkv_proj", "gates.proj")
 
     def __init__(
         self,
@@ -236,7 +237,7 @@ class NeuralMemory(nn.Module):
         max_learning_rate: float = 1.0,
         min_forgetting: float = 1e-4,
         max_gradient: float | None = 2.0,
-        max_curvature: float | None = 1.0,
+        max_curvature: float | None = 0.5,
         normalize_values: bool = True,
         learning_rate_bias: float = 0.0,
         momentum_bias: float = 0.0,

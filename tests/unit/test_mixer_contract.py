@@ -210,6 +210,11 @@ def test_autocast_leaves_recurrences_alone(mixer):
         assert name in ("keys", "values", "conv_states") or value.dtype == torch.float32, name
 
 
+def test_modules_that_quantizers_must_leave_alone_are_there(mixer):
+    for name in getattr(mixer, "full_precision", ()):
+        assert isinstance(mixer.get_submodule(name), nn.Linear), name
+
+
 def test_a_plain_call_needs_neither_state_nor_sequence(mixer):
     hidden = draw(mixer, BATCH, 9)
     assert relative_error(mixer(hidden)[0], Feeder(mixer)(hidden)) <= EXACT

@@ -32,6 +32,7 @@ SMALL = {
     "attention": ATTENTION,
     "mamba": MAMBA,
     "mamba2": MAMBA2,
+    "ema_memory": {"name": "ema_memory"},
     "neural_memory": MEMORY,
     "memorizing": MEMORIZING,
     "titans_mac": MAC,
@@ -78,6 +79,7 @@ MIXER_VARIANTS = {
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
     ),
     "attention-rope_dynamic": rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16, length=64),
+    "ema_memory-short": {"name": "ema_memory", "decay_min": 0.3, "decay_max": 0.7, "surprise_bias": 1.0},
     "mamba-inner_norms": MAMBA | {"inner_norms": True},
     "mamba-biases": MAMBA | {"bias": True, "conv_bias": False},
     "mamba-sizes": MAMBA | {"intermediate_size": 20, "dt_rank": 3, "conv_kernel": 2},

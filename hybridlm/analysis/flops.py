@@ -180,6 +180,10 @@ def _recurrent_shape(part: nn.Module) -> tuple[int, ...]:
     return part.state_spec(1, torch.float32)["recurrent_states"][0]
 
 
+def _ema_memory(part: nn.Module, num_past: int) -> int:
+    return 8 * part.hidden_size
+
+
 def _mamba(part: nn.Module, num_past: int) -> int:
     inner, num_states = _recurrent_shape(part)
     return inner * (7 * num_states + 3)
@@ -273,6 +277,7 @@ def _none(part: nn.Module, num_past: int) -> int:
 
 _FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "attention": _attention,
+    "ema_memory": _ema_memory,
     "mamba": _mamba,
     "mamba2": _mamba2,
     "memorizing": _memorizing,

@@ -18,6 +18,7 @@ from .channel_moe import MoE
 from .channel_swiglu import SwiGLU
 from .memories import MEMORIES
 from .mixer_attention import AttentionMixer
+from .mixer_ema_memory import EMAMemoryMixer
 from .mixer_mamba import MambaMixer
 from .mixer_mamba2 import Mamba2Mixer
 from .mixer_memorizing import MemorizingMixer
@@ -36,6 +37,7 @@ from .span_token_merging import TokenMerging
 
 MIXERS = {
     "attention": AttentionMixer,
+    "ema_memory": EMAMemoryMixer,
     "mamba": MambaMixer,
     "mamba2": Mamba2Mixer,
     "memorizing": MemorizingMixer,

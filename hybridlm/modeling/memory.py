@@ -122,7 +122,7 @@ class MemoryNetwork(nn.Module):
         max_curvature: float | None = 0.5,
     ) -> None:
         super().__init__()
-        check_name("activation", activation, tuple(_ACTIVATIONS))
+        check_name("memory_activation", activation, tuple(_ACTIVATIONS))
         check_name("objective", objective, OBJECTIVES)
         check_name("retention", retention, tuple(RETENTIONS))
         check_name("optimizer", optimizer, ("gradient", "muon"))
@@ -145,8 +145,10 @@ class MemoryNetwork(nn.Module):
         self.activation, self.objective = _ACTIVATIONS[activation], objective
         self.objective_p, self.objective_threshold = objective_p, objective_threshold
         self.retention, self.retention_q = retention, RETENTIONS[retention] if retention_q is None else retention_q
-        if retention != "decay" and self.retention_q < 0:
-            raise ValueError(f"retention_q={retention_q} must be at least 0")
+        if retention == "elastic_net" and self.retention_q < 0:
+            raise ValueError(f"retention_q={retention_q} must be at least 0, as a threshold")
+        if retention in ("lq", "kl") and self.retention_q <= 0:
+            raise ValueError(f"retention_q={retention_q} must be above 0, as an exponent or a scale")
         self.optimizer, self.momentum, self.forget_to = optimizer, momentum, forget_to
         self.max_gradient, self.max_curvature = max_gradient, max_curvature
         widths = [head_dim] + [inner] * (depth - 1) + [head_dim]

@@ -77,6 +77,7 @@ WRONG_PARTS = [
         "use 'yarn'",
     ),
 ]
+MEMORY = small("neural_memory")
 MAC, MAG, MAL = (small(f"titans_{kind}") for kind in ("mac", "mag", "mal"))
 INNER = {"name": "neural_memory", "num_heads": 2}
 WRONG_PARTS += [
@@ -100,6 +101,40 @@ WRONG_PARTS += [
     (
         MAC | {"memory": INNER | {"chunk_size": 8}},
         "layer_specs.a.mixer.memory.chunk_size=8 must be null or segment_size=4: the memory moves on when a segment",
+    ),
+]
+WRONG_PARTS += [
+    (MEMORY | {"chunk_size": 0}, "layer_specs.a.mixer.chunk_size=0 must be at least 1"),
+    (MEMORY | {"memory_depth": 0}, "layer_specs.a.mixer.memory_depth=0 must be at least 1"),
+    (MEMORY | {"omega_window": 0}, "layer_specs.a.mixer.omega_window=0 must be at least 1"),
+    (MEMORY | {"num_heads": 3, "head_dim": None}, "layer_specs.a.mixer.num_heads=3 must divide hidden_size=16"),
+    (MEMORY | {"num_heads": 0}, "layer_specs.a.mixer.num_heads=0"),
+    (MEMORY | {"head_dim": 0}, "layer_specs.a.mixer.head_dim=0 must be at least 1"),
+    (MEMORY | {"conv_kernel": 0}, "layer_specs.a.mixer.conv_kernel=0 must be at least 1"),
+    (MEMORY | {"memory_expansion": 0.0}, "layer_specs.a.mixer.memory_expansion=0.0 must give at least one unit"),
+    (MEMORY | {"objective": "l1"}, "layer_specs.a.mixer.objective: unknown 'l1', expected one of ["),
+    (MEMORY | {"retention": "l2"}, "layer_specs.a.mixer.retention: unknown 'l2', expected one of ["),
+    (MEMORY | {"optimizer": "adam"}, "layer_specs.a.mixer.optimizer: unknown 'adam', expected one of ["),
+    (
+        MEMORY | {"memory_activation": "tanh"},
+        "layer_specs.a.mixer.memory_activation: unknown 'tanh', expected one of [",
+    ),
+    (MEMORY | {"forget_to": "one"}, "layer_specs.a.mixer.forget_to: unknown 'one', expected one of ["),
+    (MEMORY | {"min_forgetting": 1.0}, "layer_specs.a.mixer.min_forgetting=1.0 must lie in [0, 1)"),
+    (MEMORY | {"min_forgetting": -0.1}, "layer_specs.a.mixer.min_forgetting=-0.1 must lie in [0, 1)"),
+    (MEMORY | {"max_learning_rate": -1.0}, "layer_specs.a.mixer.max_learning_rate=-1.0 must be at least 0"),
+    (MEMORY | {"max_gradient": 0.0}, "layer_specs.a.mixer.max_gradient=0.0 must be above 0"),
+    (MEMORY | {"max_curvature": -1.0}, "layer_specs.a.mixer.max_curvature=-1.0 must be above 0"),
+    (MEMORY | {"objective_p": 1.0}, "layer_specs.a.mixer.objective_p=1.0 must be above 1"),
+    (MEMORY | {"objective_threshold": 0.0}, "layer_specs.a.mixer.objective_threshold=0.0 must be above 0"),
+    (MEMORY | {"retention": "lq", "retention_q": 0.0}, "layer_specs.a.mixer.retention_q=0.0 must be above 0"),
+    (
+        MEMORY | {"retention": "elastic_net", "retention_q": -1.0},
+        "layer_specs.a.mixer.retention_q=-1.0 must be at least",
+    ),
+    (
+        small("ema_memory") | {"decay_max": 1.0},
+        "layer_specs.a.mixer.decay_min=0.9 must be above 0 and at most decay_max",
     ),
 ]
 WRONG_CHANNELS = [

@@ -23,7 +23,7 @@ MEMORIZING = {"name": "memorizing", "num_heads": 4, "num_kv_heads": 2, "position
 MEMORIZING |= {"window": 3, "memory_size": 7, "top_k": 4}
 XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size": 3}
 # gentler where attention feeds the memory, or the memory attention: rounding to bfloat16 must not grow
-NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"} | {"max_learning_rate": 1.5}
+NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"} | {"max_learning_rate": 2.0}
 MAC = ATTENTION | {"name": "titans_mac", "segment_size": 4, "num_persistent": 2, "memory": NESTED}
 MAG = WINDOW | {"name": "titans_mag", "num_persistent": 2, "memory": MEMORY | {"chunk_size": 4}}
 MAL = MAG | {"name": "titans_mal", "memory": MEMORY | {"chunk_size": 4, "max_learning_rate": 4.0}}
@@ -79,7 +79,7 @@ MIXER_VARIANTS = {
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
     ),
     "attention-rope_dynamic": rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16, length=64),
-    "ema_memory-short": {"name": "ema_memory", "decay_min": 0.3, "decay_max": 0.7, "surprise_bias": 1.0},
+    "ema_memory-short": {"name": "ema_memory", "decay_min": 0.3, "decay_max": 0.7},
     "mamba-inner_norms": MAMBA | {"inner_norms": True},
     "mamba-biases": MAMBA | {"bias": True, "conv_bias": False},
     "mamba-sizes": MAMBA | {"intermediate_size": 20, "dt_rank": 3, "conv_kernel": 2},

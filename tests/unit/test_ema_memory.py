@@ -22,16 +22,16 @@ def mixer():
 def test_the_memory_is_the_formula_of_the_surveys(mixer):
     tokens = torch.randn(2, 37, HIDDEN, dtype=torch.float64)
     output, state = mixer(tokens)
-    decay, memory = mixer.decay_logit.sigmoid(), torch.zeros(2, HIDDEN, dtype=torch.float64)
+    decay, memory = torch.exp(-mixer.A_log.exp()), torch.zeros(2, HIDDEN, dtype=torch.float64)
     for t in range(37):
-        surprise = torch.sigmoid(tokens[:, t] @ mixer.surprise_proj.weight[0] + mixer.surprise_bias)
+        surprise = torch.sigmoid(tokens[:, t] @ mixer.surprise_proj.weight[0] + mixer.surprise_proj.bias)
         memory = decay * memory + surprise[:, None] * tokens[:, t]
         assert_close(output[:, t], memory @ mixer.out_proj.weight.T, rtol=1e-9, atol=1e-10)
     assert_close(state.recurrent_states, memory, rtol=1e-9, atol=1e-10)
 
 
 def test_a_new_memory_reaches_as_far_as_asked():
-    decay = EMAMemoryMixer(HIDDEN, decay_min=0.5, decay_max=0.99).decay_logit.sigmoid()
+    decay = torch.exp(-EMAMemoryMixer(HIDDEN, decay_min=0.5, decay_max=0.99).A_log.detach().exp())
     assert_close((decay[0], decay[-1]), (torch.tensor(0.5), torch.tensor(0.99)))
     assert bool((decay.diff() > 0).all())
 

@@ -199,8 +199,7 @@ def _neural_memory(part: nn.Module, num_past: int) -> int:
 
 
 def _neural_memory_step(name: str, part: nn.Module, num_past: int) -> int:
-    """The gradients of the open chunk are made anew for each token: a whole chunk, which closes, at most."""
-    return memory_chunk_flops(part)
+    return memory_step_flops(part)
 
 
 def memory_chunk_flops(memory: nn.Module) -> int:
@@ -209,13 +208,23 @@ def memory_chunk_flops(memory: nn.Module) -> int:
     Those with which it learns, and those that read it with the chunk's queries. As for attention, what is done to
     elements is left out.
     """
-    network, size = memory.scan.network, memory.chunk_size
+    return learning_flops(memory) + _reading_flops(memory, memory.chunk_size)
+
+
+def memory_step_flops(memory: nn.Module) -> int:
+    """The same for a token that comes alone, when it closes the chunk: it learns all of the open chunk anew."""
+    return learning_flops(memory) + _reading_flops(memory, 1)
+
+
+def _reading_flops(memory: nn.Module, num_queries: int) -> int:
+    network = memory.scan.network
     if network.at_borders:  # only the last token reads another memory than that of the start
-        reading = (size + 1) * network.num_weights
+        reading = (num_queries + 1) * network.num_weights
     else:  # the weights at the start, those to forget to, the momentum, and the gradients
-        reading = size * network.num_weights * (1 + (network.forget_to == "initial") + network.momentum)
-        reading += size * (size + memory.window - 1) * sum(a + b for a, b in network.shapes)
-    return learning_flops(memory) + 2 * network.num_heads * reading
+        reading = num_queries * network.num_weights * (1 + (network.forget_to == "initial") + network.momentum)
+        sources = memory.chunk_size + memory.window - 1
+        reading += num_queries * sources * sum(a + b for a, b in network.shapes)
+    return 2 * network.num_heads * reading
 
 
 def learning_flops(memory: nn.Module) -> int:
@@ -244,7 +253,7 @@ def _titans_window(part: nn.Module, num_past: int) -> int:
 
 def _titans_window_step(name: str, part: nn.Module, num_past: int) -> int:
     own = mixing_flops(name, part, num_past) - _neural_memory(part.memory, num_past)
-    return own + memory_chunk_flops(part.memory)
+    return own + memory_step_flops(part.memory)
 
 
 def _titans_window_breaks(part: nn.Module, num_tokens: int) -> Iterable[int]:

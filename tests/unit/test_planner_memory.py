@@ -44,7 +44,7 @@ def test_the_scan_of_a_memory_equals_a_count_of_its_products(memory):
     assert share - 1 < counter.products / (3 * memory.chunk_size) <= share
 
 
-def test_a_step_of_a_memory_costs_at_most_its_chunk_and_just_that_when_the_chunk_closes(memory):
+def test_a_step_of_a_memory_costs_most_when_it_closes_the_chunk_and_just_what_is_planned(memory):
     found = []
     for past in range(memory.chunk_size):
         queries, tokens = draw(memory, 1)

@@ -26,7 +26,8 @@ XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size"
 NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"} | {"max_learning_rate": 2.0}
 MAC = ATTENTION | {"name": "titans_mac", "segment_size": 4, "num_persistent": 2, "memory": NESTED}
 MAG = WINDOW | {"name": "titans_mag", "num_persistent": 2, "memory": MEMORY | {"chunk_size": 4}}
-MAL = MAG | {"name": "titans_mal", "memory": MEMORY | {"chunk_size": 4, "max_learning_rate": 4.0}}
+MAL = MAG | {"name": "titans_mal"}
+MAL |= {"memory": MEMORY | {"chunk_size": 4, "max_learning_rate": 5.0, "memory_expansion": 3.0}}
 # options that make a registered part small; a part that is not named here runs with its defaults, a little wider
 SMALL = {
     "attention": ATTENTION,

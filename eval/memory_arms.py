@@ -88,7 +88,6 @@ def _memory(settings: Settings, **options: Any) -> dict[str, Any]:
         "chunk_size": settings.chunk,
         "memory_depth": 1,
         "forgetting_bias": -8.0,
-        "max_curvature": 1.0,  # what a linear memory with unit keys has: no bound
         **options,
     }
 
@@ -169,7 +168,9 @@ def build_config(arm: str, settings: Settings) -> HybridLMConfig:
     width = round(16 + (settings.num_parameters - counts[0]) / slope)
     if width < 1:
         raise ValueError(f"num_parameters={settings.num_parameters} is too few for {arm!r}")
-    return _config(arm, settings, width)
+    config = _config(arm, settings, width)
+    _outline(config)  # writes out all options, so that the config says the same before and after a model is built
+    return config
 
 
 def _config(arm: str, settings: Settings, width: int) -> HybridLMConfig:

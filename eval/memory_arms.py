@@ -88,6 +88,7 @@ def _memory(settings: Settings, **options: Any) -> dict[str, Any]:
         "chunk_size": settings.chunk,
         "memory_depth": 1,
         "forgetting_bias": -8.0,
+        "max_curvature": 1.0,  # what a linear memory with unit keys has: no bound
         **options,
     }
 

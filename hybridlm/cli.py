@@ -1,4 +1,4 @@
-"""The `hybridlm` command: look at models, train them, move them in and out of native formats.
+"""The `hybridlm` command: look at models, train and evaluate them, move them in and out of native formats.
 
 A mistake of the user ends in one line and exit code 2; `HYBRIDLM_DEBUG=1` shows the traceback. torch and transformers
 are imported by the commands that need them, so that `hybridlm list` answers at once.
@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from . import presets
 from .cli_check import check
+from .cli_eval import evaluate
 
 if TYPE_CHECKING:
     from .analysis.figures import Figures, Plan
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 
 app.command()(check)
+app.command("eval")(evaluate)
 
 Source = Annotated[Path, typer.Argument(help="Model folder: config.json and safetensors.")]
 Target = Annotated[Path, typer.Argument(help="Folder to write.")]

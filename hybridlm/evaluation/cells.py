@@ -97,7 +97,7 @@ def score_bits(
     Raises:
         DoesNotFit: No text is that long.
     """
-    num = max(2, min(settings.samples, 8))
+    num = max(2, min(settings.samples, 6))
     chosen = long_texts(texts[0], found.tokenizer, longest, num, texts[1])
     size = found.vocab_size
     result = bits_by_length(model_logits(found.model), chosen, length, size, settings.batch_tokens)

@@ -126,10 +126,10 @@ def bits_by_length(
     """Bits per byte with windows of `length`: the mean over documents, and by position in the window."""
     nats = window_nats(logits_of, texts, length, vocab_size, batch_tokens)
     by_document = (nats.sum(1) / math.log(2) / texts.num_bytes.sum(1)).tolist()
-    uniform = math.log2(vocab_size) * nats.size / texts.num_bytes.sum()
-    found = estimate(by_document, [uniform] * len(by_document))
-    error = found.error or 0.0
-    above = found.error is not None and found.score < uniform - NUM_ERRORS * error
+    uniform = math.log2(vocab_size) * nats.shape[1] / texts.num_bytes.sum(1)
+    found = estimate(by_document, uniform.tolist())
+    # fewer bits are better; rounding is no merit
+    above = found.error is not None and found.score < found.chance - NUM_ERRORS * found.error - 1e-6
     position = np.arange(nats.shape[1]) % length
     buckets, start, stop = [], 0, min(_FIRST_BUCKET, length)
     while start < length:

@@ -49,7 +49,7 @@ class Settings:
     suite: str = "all"
     lengths: tuple[int, ...] | None = None
     beyond: int = 1
-    samples: int = 40
+    samples: int = 32
     generated: int = 8
     seed: int = 0
     haystack: str | None = None

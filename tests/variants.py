@@ -18,14 +18,15 @@ MAMBA = {"name": "mamba", "state_size": 4}
 MAMBA2 = {"name": "mamba2", "state_size": 4, "head_dim": 8, "chunk_size": 4}
 # a learning rate far above the stable one, so that 37 tokens leave a memory that matters
 MEMORY = {"name": "neural_memory", "num_heads": 2, "head_dim": 4, "chunk_size": 5, "conv_kernel": 3}
-MEMORY |= {"max_learning_rate": 8.0, "max_gradient": 3.0, "max_curvature": 2.0}
+MEMORY |= {"max_learning_rate": 6.0, "max_gradient": 3.0, "max_curvature": 2.0}
 MEMORIZING = {"name": "memorizing", "num_heads": 4, "num_kv_heads": 2, "position": ROPE}
 MEMORIZING |= {"window": 3, "memory_size": 7, "top_k": 4}
 XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size": 3}
 # gentler where attention feeds the memory, or the memory attention: rounding to bfloat16 must not grow
 NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"} | {"max_learning_rate": 2.0}
 MAC = ATTENTION | {"name": "titans_mac", "segment_size": 4, "num_persistent": 2, "memory": NESTED}
-MAG = WINDOW | {"name": "titans_mag", "num_persistent": 2, "memory": MEMORY | {"chunk_size": 4}}
+MAG = WINDOW | {"name": "titans_mag", "num_persistent": 2}
+MAG |= {"memory": MEMORY | {"chunk_size": 4, "max_learning_rate": 8.0}}
 MAL = MAG | {"name": "titans_mal"}
 MAL |= {"memory": MEMORY | {"chunk_size": 4, "max_learning_rate": 5.0, "memory_expansion": 3.0}}
 # options that make a registered part small; a part that is not named here runs with its defaults, a little wider
@@ -100,7 +101,7 @@ MIXER_VARIANTS = {
     "neural_memory-token_chunks": MEMORY
     | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False, "max_learning_rate": 1.0},
     "neural_memory-omega": MEMORY
-    | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5, "max_learning_rate": 40.0},
+    | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5, "max_learning_rate": 20.0},
     "neural_memory-atlas": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0},
     "neural_memory-moneta": MEMORY | {"objective": "lp", "retention": "lq", "normalize_values": False},
     "neural_memory-memora": MEMORY
@@ -126,7 +127,7 @@ MIXER_VARIANTS = {
     | {"num_persistent": 0, "qk_norm": True, "head_dim": 6, "segment_size": 4, "num_kv_heads": 4},
     "titans_mag-atlas": MAG | {"memory": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
     "titans_mag-nothing_persistent": MAG | {"num_persistent": 0, "qk_norm": True, "head_dim": 6},
-    "titans_mag-detached": MAG | {"memory": MEMORY | {"detach_memory": True}, "window": 2},
+    "titans_mag-detached": MAG | {"memory": MAG["memory"] | {"chunk_size": 5, "detach_memory": True}, "window": 2},
     "titans_mal-linear": MAL | {"memory": MAL["memory"] | {"memory_depth": 1}, "num_kv_heads": 1},
     "titans_mal-nothing_persistent": MAL
     | {"num_persistent": 0, "qk_norm": True, "memory": MAL["memory"] | {"max_learning_rate": 2.0}},

@@ -126,7 +126,7 @@ class MemoryScan(nn.Module):
         network = self.network
         zeros = tokens.new_zeros(batch, heads, network.num_weights)
         recent = tokens.new_zeros(batch, heads, self.window - 1, num_features) if self.window > 1 else None
-        return zeros, zeros if network.momentum else None, recent
+        return zeros, torch.zeros_like(zeros) if network.momentum else None, recent
 
     def _rules(self, gates: Tensor) -> list[tuple[Tensor, ...]]:
         return [part.unbind(1) for part in coefficients(gates, None, self.network.momentum)]

@@ -184,6 +184,14 @@ def test_a_document_that_begins_forgets_everything(mixer):
     assert relative_error(again, fresh(hidden)) <= EXACT
 
 
+def test_the_tensors_of_a_state_share_no_memory(mixer):
+    feeder = Feeder(mixer)
+    for length in (1, 9):
+        feeder(draw(mixer, BATCH, length))
+        places = [value.untyped_storage().data_ptr() for value in tensors(feeder.state).values() if value.numel()]
+        assert len(set(places)) == len(places)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_state_is_as_specified(mixer, dtype):
     mixer = mixer.float().to(dtype) if dtype != torch.float64 else mixer

@@ -207,6 +207,11 @@ def gradient_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     )
 
 
+def add_gradients(total: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of named gradients; a parameter may have one in either only."""
+    return total | {name: total.get(name, 0) + gradient for name, gradient in found.items()}
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradient of every parameter that has one, cloned; gradients are set to `None` afterwards."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

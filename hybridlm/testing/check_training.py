@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .base import NotApplicable, Subject, gradient_error, gradients, require_independent_tokens
+from .base import NotApplicable, Subject, add_gradients, gradient_error, gradients, require_independent_tokens
 
 
 def _labels(subject: Subject, rows: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def losses_add_up(subject: Subject) -> float:
             model, input_ids=ids[rows], attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=items
         )
         added += loss
-        parts = {name: parts.get(name, 0) + value for name, value in found.items()}
+        parts = add_gradients(parts, found)
     return max(abs(added - total) / abs(total), gradient_error(parts, expected))
 
 
@@ -95,5 +95,5 @@ def packed_losses_add_up(subject: Subject, borders: str = "seq_idx") -> float:
     for a, b in pairwise(cuts):
         loss, found = _loss_gradients(model, input_ids=ids[:, a:b], labels=labels[:, a:b], num_items_in_batch=items)
         added += loss
-        parts = {name: parts.get(name, 0) + value for name, value in found.items()}
+        parts = add_gradients(parts, found)
     return max(abs(added - total) / abs(total), gradient_error(parts, expected))

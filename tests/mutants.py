@@ -27,6 +27,7 @@ GUARDS = {
     "state_rollback": "crop restores an earlier state",
 }
 LONG_INPUTS = "test_long_inputs_leave_reads_memory_and_gradients_bounded_whatever_the_gates"
+OWN_CHUNKS = "test_the_outer_gradient_of_a_deep_memory_does_not_grow_with_tokens_that_are_chunks_of_their_own"
 ONE_CHUNK = "test_a_chunk_moves_the_memory_by_its_bounds_at_most_however_large_the_learned_weights_are"
 PROJECTIONS = "test_projections_of_any_size_leave_a_memory_bounded"
 # guards of one mixer alone, and the test in its own file that must see them gone
@@ -38,6 +39,7 @@ OWN_GUARDS = {
     ("memorizing", "detached_memory"): "test_the_gradient_reaches_the_window_and_the_store_only_if_it_is_not_detached",
     ("neural_memory", "momentum_share"): LONG_INPUTS,
     ("neural_memory", "chunk_share"): LONG_INPUTS,
+    ("neural_memory", "deep_share"): OWN_CHUNKS,
     ("neural_memory", "window_share"): ONE_CHUNK,
     ("neural_memory", "unit_keys"): PROJECTIONS,
     ("neural_memory", "unit_values"): PROJECTIONS,
@@ -210,12 +212,13 @@ def break_bound(guard):
     import torch
 
     from hybridlm.modeling.memory import MemoryNetwork
-    from hybridlm.modeling.memory_gates import MemoryGates
+    from hybridlm.modeling.memory_gates import DEEP_SHARES, MemoryGates
     from hybridlm.modeling.neural_memory import NeuralMemory
 
     factors = {
         "momentum_share": lambda gates, log_eta: -1 / torch.expm1(log_eta) if gates.momentum else 1.0,
-        "chunk_share": lambda gates, log_eta: gates.chunk_size,
+        "chunk_share": lambda gates, log_eta: gates.shares,
+        "deep_share": lambda gates, log_eta: gates.shares if gates.shares == DEEP_SHARES else 1.0,
         "window_share": lambda gates, log_eta: gates.window,
     }
     if guard in factors:

@@ -99,7 +99,7 @@ MIXER_VARIANTS = {
     "neural_memory-ttt": MEMORY
     | {"memory_residual": True, "momentum": False, "forgetting": False, "memory_bias": True},
     "neural_memory-token_chunks": MEMORY
-    | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False, "max_learning_rate": 1.0},
+    | {"chunk_size": 1, "conv_kernel": 1, "output_gate": False, "max_learning_rate": 4.0},
     "neural_memory-omega": MEMORY
     | {"omega_window": 4, "objective": "huber", "objective_threshold": 0.5, "max_learning_rate": 20.0},
     "neural_memory-atlas": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0},
@@ -122,7 +122,7 @@ MIXER_VARIANTS = {
     | {"memory": NESTED | {"objective": "lp", "retention": "lq", "output_gate": False, "max_learning_rate": 3.0}},
     "titans_mac-detached": MAC | {"memory": NESTED | {"detach_memory": True, "conv_kernel": 1}},
     "titans_mac-segment_of_one": MAC
-    | {"segment_size": 1, "position": {"name": "none"}, "memory": NESTED | {"max_learning_rate": 0.3}},
+    | {"segment_size": 1, "position": {"name": "none"}, "memory": NESTED | {"max_learning_rate": 1.2}},
     "titans_mac-nothing_persistent": MAC
     | {"num_persistent": 0, "qk_norm": True, "head_dim": 6, "segment_size": 4, "num_kv_heads": 4},
     "titans_mag-atlas": MAG | {"memory": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},

@@ -8,7 +8,9 @@ window of several tokens the weight gamma of its gradient. In a chunk
 with all gradients at one point, which makes M and S at every token weighed sums of the gradients and of what was there.
 
 All C gradients are taken at one point, so the step of a token is at most `max_learning_rate (1 - eta) / (C c)`: the
-sum of what a chunk does along one direction is that of one full step. alpha is at least `min_forgetting`.
+sum of what a chunk does along one direction is that of one full step. A deep memory, which is not convex, also takes at
+most a quarter of a full step a token: its outer gradient grows without end under full steps to new values, so C is at
+least 4 there. alpha is at least `min_forgetting`.
 
 Shapes: B batch, T tokens, H heads, C chunk size, c window, J = c - 1 + C sources.
 Reference: Behrouz et al. 2024, "Titans", arXiv:2501.00663, section 3.2; Behrouz et al. 2025 (Omega rule),
@@ -25,6 +27,7 @@ from transformers import initialization as init
 from .memory import Coefficients
 from .precision import state_dtype
 
+DEEP_SHARES = 4  # tokens at least that share a full step of a deep memory
 THETA, LOG_ETA, LOG_KEEP, GAMMA = range(4)  # columns of the gates
 
 
@@ -54,6 +57,7 @@ class MemoryGates(nn.Module):
         hidden_size: Width D of what they are made from.
         num_heads: H.
         chunk_size: C.
+        deep: Whether the memory has more than one layer.
         window: Tokens c whose gradients one update sums (Omega rule), 1 for its own.
         max_learning_rate: theta of a chunk of one token without momentum is below this.
         min_forgetting: alpha is at least this.
@@ -70,6 +74,7 @@ class MemoryGates(nn.Module):
         num_heads: int,
         *,
         chunk_size: int,
+        deep: bool,
         window: int,
         max_learning_rate: float,
         min_forgetting: float,
@@ -87,7 +92,8 @@ class MemoryGates(nn.Module):
             raise ValueError(f"max_learning_rate={max_learning_rate} must be at least 0")
         if not 0 <= min_forgetting < 1:
             raise ValueError(f"min_forgetting={min_forgetting} must lie in [0, 1)")
-        self.num_heads, self.chunk_size, self.window = num_heads, chunk_size, window
+        self.num_heads, self.window = num_heads, window
+        self.shares = max(chunk_size, DEEP_SHARES) if deep else chunk_size
         self.max_learning_rate, self.min_forgetting = max_learning_rate, min_forgetting
         self.momentum, self.forgetting = momentum, forgetting
         biases = {"theta": learning_rate_bias}
@@ -103,7 +109,7 @@ class MemoryGates(nn.Module):
         raw = raw.to(state_dtype(raw.dtype)).unflatten(-1, (len(self.names), self.num_heads)).unbind(-2)
         raw = dict(zip(self.names, raw, strict=True))
         sigmoid, log_sigmoid = torch.sigmoid, nn.functional.logsigmoid
-        theta = sigmoid(raw["theta"]) * (self.max_learning_rate / (self.chunk_size * self.window))
+        theta = sigmoid(raw["theta"]) * (self.max_learning_rate / (self.shares * self.window))
         log_eta = log_keep = torch.zeros_like(theta)
         if self.momentum:
             theta, log_eta = theta * sigmoid(-raw["eta"]), log_sigmoid(raw["eta"])

@@ -192,7 +192,8 @@ class NeuralMemory(nn.Module):
         momentum: Whether past surprise is carried on.
         forgetting: Whether the memory decays.
         forget_to: What it decays to: its `initial` weights, or `zero` as in the paper.
-        max_learning_rate: Bound of what a chunk moves along one direction, in full steps; 0 never learns.
+        max_learning_rate: Bound of what a chunk moves along one direction, in full steps; 0 never learns. A deep memory
+            moves by a quarter of that a token at most.
         min_forgetting: Smallest share that a token forgets.
         max_gradient: Largest slope of a token; `None` for no bound.
         max_curvature: Largest curvature of a token, `None` for no bound. A linear memory with unit keys has 1; at
@@ -280,6 +281,7 @@ class NeuralMemory(nn.Module):
             hidden_size,
             num_heads,
             chunk_size=chunk_size,
+            deep=memory_depth > 1,
             window=omega_window,
             max_learning_rate=max_learning_rate,
             min_forgetting=min_forgetting,

@@ -78,6 +78,13 @@ def test_the_outer_gradient_does_not_grow_with_the_repetitions_of_a_token_at_the
     assert_bounded(pinned(FASTEST[:1], chunk_size=chunk_size), draw("repeated", 1024))
 
 
+@pytest.mark.parametrize("kind", ["random", "repeated"])
+def test_the_outer_gradient_of_a_deep_memory_does_not_grow_with_tokens_that_are_chunks_of_their_own(kind):
+    read, _, gradient = measure(pinned(FASTEST[:1], chunk_size=1), draw(kind, 512))
+    assert read <= 2 * READ
+    assert gradient <= GRADIENT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [16, 64])
 @pytest.mark.parametrize("depth", [1, 2])

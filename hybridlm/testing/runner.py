@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -239,13 +240,21 @@ def few_threads(prepared: Prepared, small: int = 10_000_000) -> Iterator[None]:
 
 @contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """Raise `TimeLimit` when the block takes longer; only the main thread of a POSIX system can be interrupted."""
+    """Raise `TimeLimit` when the block takes longer; only the main thread of a POSIX system can be interrupted.
+
+    A context that is being entered or left is finished first: a `no_grad` cut off half-way would stay for ever.
+    """
     can_interrupt = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not seconds or not can_interrupt:
         yield
         return
 
-    def stop(*_: Any) -> None:
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name in ("__enter__", "__exit__"):
+                signal.setitimer(signal.ITIMER_REAL, 1e-3)
+                return
+            frame = frame.f_back
         raise TimeLimit
 
     before = signal.signal(signal.SIGALRM, stop)

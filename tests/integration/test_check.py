@@ -29,6 +29,7 @@ from hybridlm.cli import app
 from hybridlm.testing import check_model
 from hybridlm.testing.native import FAMILIES, native_config
 from hybridlm.testing.report import NOT_APPLICABLE, OK, RAISES, REFUSED, Report, summary_markdown
+from hybridlm.testing.runner import TimeLimit, limited
 from hybridlm.testing.suite import EVERY, OURS
 
 pytest_plugins = ["pytester"]
@@ -284,6 +285,18 @@ def test_a_check_that_takes_too_long_is_stopped():
     report = check_model(native_config("llama"), select=["step_is_scan", "repeatable"], time_limit=0.001)
     assert report["step_is_scan"].verdict == RAISES
     assert "time limit" in report["step_is_scan"].reason
+
+
+def test_a_check_that_is_stopped_leaves_gradients_enabled():
+    def never_ends():
+        while True:
+            with torch.no_grad():
+                pass
+
+    for _ in range(100):
+        with pytest.raises(TimeLimit), limited(0.001):
+            never_ends()
+        assert torch.is_grad_enabled()
 
 
 def test_an_unknown_check_or_dtype_is_refused_with_what_there_is():

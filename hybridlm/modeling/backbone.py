@@ -16,13 +16,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_product import AttentionProduct
 from .cache import DEFAULT_RECORD_WINDOW, HybridCache
 from .channel_moe import MoE
 from .checkpoint import align_tensors, check_weights
 from .configuration_hybridlm import HybridLMConfig
 from .layer import HybridLMLayer
 from .masks import SequenceInfo, compiling
-from .mixer_attention import AttentionMixer, AttentionProduct
+from .mixer_attention import AttentionMixer
 from .norms import build_norm
 from .outputs import HybridLMModelOutput, leave_compaction, leave_spans, leave_traces
 from .passage import Journal, stream_mean

@@ -50,7 +50,7 @@ def channel(request):
 
 def first_state(part):
     """What the cache hands to a part before the first token; attention over everything gets a store to fill."""
-    from hybridlm.modeling.mixer_attention import KeyValueStore
+    from hybridlm.modeling.cache_entries import KeyValueStore
 
     return KeyValueStore() if getattr(part, "window", 0) is None else None
 

@@ -10,15 +10,12 @@ out are documents by their hash; routed models are scored under the rule of deco
 """
 
 import argparse
-import json
 import logging
 import os
-import platform
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,76 +23,35 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
 from isoflop_arms import ARMS, DEFAULT_ARMS, QUICK, Settings  # noqa: E402
 from isoflop_count import flops_of_plain_step  # noqa: E402
 from isoflop_report import draw, sentences, summarize, table  # noqa: E402
 from isoflop_run import load_data, run, run_hash  # noqa: E402
 
-import hybridlm  # noqa: E402
-from hybridlm.analysis.machine import processor_name  # noqa: E402
+from hybridlm.evaluation import runs  # noqa: E402
 
 logger = logging.getLogger("isoflop")
 QUICK_ARMS = ["plain", "mod", "moe"]
 
 
-def set_up_logging() -> None:
-    """Lines with the time; one process writes many, so a bar would be torn."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logger.setLevel(logging.INFO)
+def about_and_run(arm: str, settings: Settings, seed: int) -> dict[str, Any]:
+    """A run, with what its arm is."""
+    return {"about": ARMS[arm].about, **run(arm, settings, seed)}
 
 
-def finish_run(arm: str, settings: Settings, seed: int, path: Path) -> dict[str, Any]:
-    """Give a finished run from its file, or run it and write the file."""
-    set_up_logging()
-    transformers.logging.set_verbosity_error()
-    if path.exists():
-        result = json.loads(path.read_text())
-        if result["hash"] == run_hash(arm, settings, seed):
-            logger.info("%-8s seed %d: finished before", arm, seed)
-            return result
-    result = {"about": ARMS[arm].about, **run(arm, settings, seed)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, separators=(",", ":")) + "\n")
-    partial.replace(path)
-    return result
-
-
-def run_all(arms: list[str], seeds: int, settings: Settings, jobs: int, folder: Path) -> list[dict[str, Any]]:
-    """Run every arm with every seed, seed after seed, in `jobs` processes of one thread."""
-    todo = [(arm, seed) for seed in range(seeds) for arm in arms]
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    started = time.perf_counter()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {
-            pool.submit(finish_run, arm, settings, seed, folder / f"{arm}-{seed}.json"): (arm, seed)
-            for arm, seed in todo
-        }
-        try:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                logger.info("%d of %d runs, %.0f s", len(results), len(todo), time.perf_counter() - started)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [results[arm, seed] for arm in arms for seed in range(seeds)]
+def finish_in(folder: Path, settings: Settings, arm: str, seed: int) -> dict[str, Any]:
+    """Give a finished run from its file in a folder, or run it and write the file."""
+    path, about = folder / f"{arm}-{seed}.json", f"{arm:<8} seed {seed}"
+    return runs.finish_run(
+        partial(about_and_run, arm, settings, seed), path, run_hash(arm, settings, seed), about, logger
+    )
 
 
 def describe(settings: Settings, jobs: int) -> dict[str, Any]:
     """Everything that the figures depend on."""
     rows, windows, manifest_hash = load_data(settings.length, settings.heldout_windows)
     return {
-        "machine": {
-            "processor": processor_name(),
-            "processes": jobs,
-            "threads_per_process": 1,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "hybridlm": hybridlm.__version__,
-        },
+        "machine": runs.describe_machine(jobs),
         "data": {
             "source": "Python's standard library, byte level",
             "manifest_hash": manifest_hash,
@@ -122,15 +78,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="default 3")
     parser.add_argument("--steps", type=int, help="steps of the plain model, whose FLOPs all arms spend")
     args = parser.parse_args(arguments)
-    args.arms = args.arms.split(",") if args.arms else QUICK_ARMS if args.quick else DEFAULT_ARMS
-    args.seeds = args.seeds or (1 if args.quick else 3)
-    for arm in args.arms:
-        if arm not in ARMS:
-            parser.error(f"--arms: unknown {arm!r}, expected some of {list(ARMS)}")
+    runs.check_arguments(parser, args, list(ARMS), QUICK_ARMS, DEFAULT_ARMS)
     if args.steps is not None and args.steps < QUICK.num_evaluations:
         parser.error(f"--steps: {args.steps} is too few to read a curve from")
-    if args.quick and args.out is None:
-        parser.error("--quick: give --out, the results are no results")
     args.out = args.out or Path(__file__).parent / "results"
     return args
 
@@ -138,26 +88,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run, write, print."""
     args = parse()
-    set_up_logging()
+    runs.set_up_logging(logger)
     settings = QUICK if args.quick else Settings()
     settings = settings if args.steps is None else replace(settings, num_steps=args.steps)
     started = time.perf_counter()
-    runs = run_all(args.arms, args.seeds, settings, args.jobs, args.out / "isoflop_runs")
+    finish = partial(finish_in, args.out / "isoflop_runs", settings)
+    finished = runs.run_all(finish, args.arms, args.seeds, args.jobs, logger)
     budget = settings.num_steps * flops_of_plain_step(settings)
-    arms, claims = summarize(runs, settings.num_steps, budget)
+    arms, claims = summarize(finished, settings.num_steps, budget)
     results = describe(settings, args.jobs) | {
         "budget_flops": budget,
-        "process_seconds": round(sum(run["process_seconds"] for run in runs), 1),
+        "process_seconds": round(sum(run["process_seconds"] for run in finished), 1),
         "arms": arms,
         "claims": claims,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(run, separators=(",", ":")) for run in runs]  # one line a run
-    text = json.dumps(results, indent=1)[:-2] + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-    (args.out / "isoflop.json").write_text(text)
+    runs.write_results(args.out / "isoflop.json", results, finished)
     about = f"byte models of the standard library, {args.seeds} seeds: {budget:.2g} FLOPs, {settings.num_steps} steps"
     try:
-        draw(runs, arms, args.out / "isoflop.png", about)
+        draw(finished, arms, args.out / "isoflop.png", about)
     except ImportError as error:
         logger.warning("%s; no plot was drawn", error)
     print(table(arms))

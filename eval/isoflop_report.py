@@ -1,9 +1,11 @@
 """What the runs of the isoFLOP comparison say: read-outs with standard errors, claims, a table and a plot."""
 
-import math
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+from hybridlm.evaluation.plots import new_figure
+from hybridlm.evaluation.runs import group_by_arm, mean_and_error
 
 # 95 % quantile of Student's t, by degrees of freedom: one-sided, because claims have a direction
 T_QUANTILES = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89}
@@ -49,12 +51,6 @@ def _interpolate(points: list[tuple[float, float]], place: float) -> float:
     raise ValueError(f"the curve does not reach {place:g}")
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; no error from a single value."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return fmean(values), error
-
-
 def read_out(runs: list[dict[str, Any]], num_steps: int, budget: float) -> dict[str, dict[int, float]]:
     """Bits per byte of one arm by reading and seed."""
     return {
@@ -67,9 +63,7 @@ def read_out(runs: list[dict[str, Any]], num_steps: int, budget: float) -> dict[
 
 def summarize(runs: list[dict[str, Any]], num_steps: int, budget: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read-outs of each arm, and what they say of each claim."""
-    by_arm: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        by_arm.setdefault(run["arm"], []).append(run)
+    by_arm = group_by_arm(runs)
     readings = {arm: read_out(of_arm, num_steps, budget) for arm, of_arm in by_arm.items()}
     arms = {arm: _arm_summary(by_arm[arm], readings[arm], num_steps) for arm in by_arm}
     claims = [_judge(*claim, readings=readings) for claim in CLAIMS if claim[0] in readings and claim[1] in readings]
@@ -152,14 +146,7 @@ def draw(runs: list[dict[str, Any]], arms: dict[str, Any], path: Path, about: st
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'hybridlm[plot]'") from error
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, colormaps = new_figure(12, 4.8)
     curves, bars = figure.subplots(1, 2, width_ratios=[3, 2])
     colors = dict(zip(arms, colormaps["tab10"].colors, strict=False))
     for run in runs:

@@ -9,15 +9,12 @@ exit status is 1 when a bound on recall at 512 does not hold.
 """
 
 import argparse
-import json
 import logging
 import os
-import platform
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,73 +22,30 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
 from memory_arms import ARMS, DEFAULT_ARMS, QUICK, QUICK_ARMS, STATE_CONTEXT, Settings, build_config  # noqa: E402
 from memory_report import check_bounds, draw, sentences, summarize, table  # noqa: E402
 from memory_run import run, run_hash  # noqa: E402
 
-import hybridlm  # noqa: E402
-from hybridlm.analysis.machine import processor_name  # noqa: E402
+from hybridlm.evaluation import runs  # noqa: E402
 
 logger = logging.getLogger("memory")
 
 
-def set_up_logging() -> None:
-    """Lines with the time; one process writes many, so a bar would be torn."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logger.setLevel(logging.INFO)
-
-
 def finish_run(arm: str, settings: Settings, seed: int, path: Path) -> dict[str, Any]:
     """Give a finished run from its file, or run it and write the file."""
-    set_up_logging()
-    transformers.logging.set_verbosity_error()
-    if path.exists():
-        result = json.loads(path.read_text())
-        if result["hash"] == run_hash(arm, settings, seed):
-            logger.info("%-11s seed %d: finished before", arm, seed)
-            return result
-    result = run(arm, settings, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, separators=(",", ":")) + "\n")
-    partial.replace(path)
-    return result
+    about = f"{arm:<11} seed {seed}"
+    return runs.finish_run(partial(run, arm, settings, seed), path, run_hash(arm, settings, seed), about, logger)
 
 
-def run_all(arms: list[str], seeds: int, settings: Settings, jobs: int, folder: Path) -> list[dict[str, Any]]:
-    """Run every arm with every seed, seed after seed, in `jobs` processes of one thread."""
-    todo = [(arm, seed) for seed in range(seeds) for arm in arms]
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    started = time.perf_counter()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {
-            pool.submit(finish_run, arm, settings, seed, folder / f"{arm}-{seed}.json"): (arm, seed)
-            for arm, seed in todo
-        }
-        try:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                logger.info("%d of %d runs, %.0f s", len(results), len(todo), time.perf_counter() - started)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [results[arm, seed] for arm in arms for seed in range(seeds)]
+def finish_in(folder: Path, settings: Settings, arm: str, seed: int) -> dict[str, Any]:
+    """The same, with the file in a folder."""
+    return finish_run(arm, settings, seed, folder / f"{arm}-{seed}.json")
 
 
 def describe(settings: Settings, arms: list[str], jobs: int) -> dict[str, Any]:
     """Everything that the figures depend on."""
     return {
-        "machine": {
-            "processor": processor_name(),
-            "processes": jobs,
-            "threads_per_process": 1,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "hybridlm": hybridlm.__version__,
-        },
+        "machine": runs.describe_machine(jobs),
         "settings": asdict(settings),
         "optimizer": "AdamW (0.9, 0.95), no weight decay, gradients clipped at 1, loss on answers only",
         "chance": 1 / settings.vocabulary.num_values,
@@ -109,16 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", help=f"separated by commas, out of {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, help="default 3")
     args = parser.parse_args(arguments)
-    args.arms = args.arms.split(",") if args.arms else QUICK_ARMS if args.quick else DEFAULT_ARMS
-    args.seeds = (1 if args.quick else 3) if args.seeds is None else args.seeds
-    for arm in args.arms:
-        if arm not in ARMS:
-            parser.error(f"--arms: unknown {arm!r}, expected some of {list(ARMS)}")
-    for name in ("jobs", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: {getattr(args, name)}, expected at least 1")
-    if args.quick and args.out is None:
-        parser.error("--quick: give --out, the results are no results")
+    runs.check_arguments(parser, args, list(ARMS), QUICK_ARMS, DEFAULT_ARMS)
     args.out = args.out or Path(__file__).parent / "results"
     return args
 
@@ -126,25 +71,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run, write, print; 1 if a bound does not hold."""
     args = parse()
-    set_up_logging()
+    runs.set_up_logging(logger)
     settings = QUICK if args.quick else Settings()
     started = time.perf_counter()
-    runs = run_all(args.arms, args.seeds, settings, args.jobs, args.out / "memory_runs")
+    finish = partial(finish_in, args.out / "memory_runs", settings)
+    finished = runs.run_all(finish, args.arms, args.seeds, args.jobs, logger)
     about = describe(settings, args.arms, args.jobs)
-    arms = summarize(runs, {name: arm.about for name, arm in ARMS.items()}, about["chance"])
+    arms = summarize(finished, {name: arm.about for name, arm in ARMS.items()}, about["chance"])
     bounds = check_bounds(arms, [name for name, arm in ARMS.items() if arm.is_memory])
     controls = {name: ARMS[name].control_of for name in args.arms if ARMS[name].control_of in args.arms}
     said = sentences(arms, controls, about["chance"])
     results = about | {
-        "process_seconds": round(sum(run["process_seconds"] for run in runs), 1),
+        "process_seconds": round(sum(run["process_seconds"] for run in finished), 1),
         "arms": arms,
         "bounds": bounds,
         "summary": said,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(run, separators=(",", ":")) for run in runs]  # one line a run
-    text = json.dumps(results, indent=1)[:-2] + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-    (args.out / "memory.json").write_text(text)
+    runs.write_results(args.out / "memory.json", results, finished)
     title = f"models of {settings.num_parameters / 1e3:.0f}k parameters, {args.seeds} seeds"
     try:
         draw(arms, about["chance"], args.out / "memory.png", title)

@@ -1,45 +1,21 @@
 """What the runs of the memory comparison say: accuracies with errors, bounds, a table, sentences and a plot."""
 
-import math
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+from hybridlm.evaluation.plots import MARKERS, new_figure
+from hybridlm.evaluation.runs import ABOVE_CHANCE, group_by_arm, read_out
 
 TASK_WORDS = {"recall": "key-value recall", "passkey": "passkey"}
 WINDOW_AT_MOST, MEMORY_AT_LEAST, BOUND_LENGTH = 0.25, 0.8, "512"
-ABOVE_CHANCE = 3.0  # standard errors
 SEEDS_TO_SEPARATE = 3
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error over seeds; no error from a single one."""
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def read_out(scores: list[dict[str, int]], chance: float) -> dict[str, Any]:
-    """The accuracy of one arm at one task and length, over its seeds.
-
-    It is above chance if it lies `ABOVE_CHANCE` standard errors above, by the larger of two errors: that of the seeds,
-    and that of a guess at as many answers.
-    """
-    shares = [score["right"] / score["answers"] for score in scores]
-    mean, error = mean_and_error(shares)
-    of_guessing = math.sqrt(chance * (1 - chance) / sum(score["answers"] for score in scores))
-    return {
-        "mean": round(mean, 4),
-        "standard_error": None if error is None else round(error, 4),
-        "seeds": [round(share, 4) for share in shares],
-        "above_chance": mean > chance + ABOVE_CHANCE * max(of_guessing, error or 0.0),
-    }
 
 
 def summarize(runs: list[dict[str, Any]], about: dict[str, str], chance: float) -> dict[str, Any]:
     """Accuracies by arm, task and length."""
-    by_arm: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        by_arm.setdefault(run["arm"], []).append(run)
     arms = {}
-    for arm, of_arm in by_arm.items():
+    for arm, of_arm in group_by_arm(runs).items():
         scores = {
             task: {
                 length: read_out([run["scores"][task][length] for run in of_arm], chance)
@@ -202,16 +178,8 @@ def draw(arms: dict[str, Any], chance: float, path: Path, about: str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'hybridlm[plot]'") from error
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, colormaps = new_figure(12, 4.8)
     axes = figure.subplots(1, len(TASK_WORDS), sharey=True)
-    markers = "os^vDP*Xdph"
     for axis, (task, words) in zip(axes, TASK_WORDS.items(), strict=True):
         for index, (name, arm) in enumerate(arms.items()):
             scores = arm["scores"][task]
@@ -221,7 +189,7 @@ def draw(arms: dict[str, Any], chance: float, path: Path, about: str) -> None:
                 places, [score["mean"] for score in scores.values()],
                 yerr=[score["standard_error"] or 0.0 for score in scores.values()],
                 label=name, color=colormaps["tab20"].colors[(2 * index) % 20 + (index >= 10)],
-                marker=markers[index % len(markers)], markersize=4.5, capsize=2, linewidth=1.2,
+                marker=MARKERS[index % len(MARKERS)], markersize=4.5, capsize=2, linewidth=1.2,
             )  # fmt: skip
         axis.axhline(chance, color="black", linestyle=":", linewidth=1, label="chance")
         lengths = [int(length) for length in scores]

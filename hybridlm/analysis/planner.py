@@ -206,15 +206,14 @@ def state_bytes(part: nn.Module, num_tokens: int, dtype: torch.dtype) -> int:
 
 
 def _rollback_bytes(part: nn.Module, hidden_size: int, context: int, window: int, dtype: torch.dtype) -> int:
-    """Two checkpoints and the inputs since the older one; a state that only grows is cut and needs neither.
+    """Two checkpoints and the inputs since the older one; tensors that only grow are cut and need neither.
 
     A new checkpoint is due once `window` tokens lie behind the last one, and calls of nearly `window` tokens can delay
     it by as much: 4 windows of inputs at the worst, 2 where tokens come one by one.
     """
-    spec = part.state_spec(1, dtype)
-    if not spec or spec != part.state_spec(2, dtype):
-        return 0
-    return 2 * state_bytes(part, context, dtype) + 4 * window * hidden_size * dtype.itemsize
+    one, two = part.state_spec(1, dtype), part.state_spec(2, dtype)
+    fixed = {name: kept for name, kept in part.state_spec(context, dtype).items() if one[name] == two[name]}
+    return 2 * _bytes(fixed) + 4 * window * hidden_size * dtype.itemsize if fixed else 0
 
 
 def _span_rollback_bytes(span: Span, streams: int, window: int, dtype: torch.dtype) -> int:

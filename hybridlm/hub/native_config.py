@@ -18,7 +18,7 @@ SECTIONS = ("norm", "residual")
 SILENT = {"chunk_size", "implementation", "bias_update_rate"}
 # these change neither weights nor logits: initialisation, regularisation and losses
 HARMLESS = {
-    *("initializer_range", "dt_min", "dt_max", "dt_init_floor", "a_min", "a_max"),
+    *("initializer_range", "embedding_std", "dt_min", "dt_max", "dt_init_floor", "a_min", "a_max"),
     *("dropout", "embedding_dropout", "load_balancing_coef", "z_loss_coef", "loss_scope", "output_router_logits"),
     *("jitter", "max_position_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
 }

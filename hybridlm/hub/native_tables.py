@@ -139,6 +139,7 @@ ATTENTION = (
 PLAIN_ATTENTION = {
     "attention.window": None,
     "attention.num_sinks": 0,
+    "attention.conv_kernel": None,
     "attention.qk_norm": False,
     "attention.output_gate": False,
     "attention.logit_softcap": None,

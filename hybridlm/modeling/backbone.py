@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
@@ -81,6 +82,8 @@ class HybridLMPreTrainedModel(PreTrainedModel):
             module.init_weights(self.config.initializer_range)
         else:
             super()._init_weights(module)
+        if isinstance(module, nn.Embedding) and self.config.embedding_std is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.embedding_std)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:

@@ -4,12 +4,14 @@ Keys and values sit at the index of their token (the number of real tokens befor
 in them and never need a mask. Every other state is a dataclass of tensors that its mixer returns.
 
 Rollback: while the past is recorded, an entry keeps a checkpoint state and the inputs its mixer was given since. `crop`
-drops inputs; the next call runs the mixer over the rest. Full attention needs no record: its keys are simply forgotten.
+drops inputs; the next call runs the mixer over the rest. Full attention needs no record: its keys are simply
+forgotten. A convolution in front of it does, and has an entry of its own.
 
 Shapes: B batch, T new tokens, S key slots, G key-value heads, K head width.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +25,12 @@ class KeyValueStore:
 
     Args:
         max_length: Slots of a static store; `None` lets it grow.
+        convolution: Entry of the convolution that the keys and values come from, which the mixer runs; the layer's
+            cache looks after it.
     """
 
-    def __init__(self, max_length: int | None = None) -> None:
-        self.max_length = max_length
+    def __init__(self, max_length: int | None = None, convolution: "RecurrentEntry | None" = None) -> None:
+        self.max_length, self.convolution = max_length, convolution
         self.keys: Tensor | None = None  # [B, G, capacity, K]
         self.values: Tensor | None = None
         self.length = 0  # slots in use: tokens of the longest row, or a little more where rows are padded
@@ -121,10 +125,15 @@ class KeyValueStore:
 
 
 class AttentionEntry:
-    """The cache entry of a part whose state is a `KeyValueStore`."""
+    """The cache entry of a part whose state is a `KeyValueStore`.
 
-    def __init__(self, max_length: int | None = None) -> None:
-        self.state = KeyValueStore(max_length)
+    Args:
+        max_length: Slots of a static store; `None` lets it grow.
+        convolution: A second entry of the same part, beside this one in the cache (see `HybridCacheLayer`).
+    """
+
+    def __init__(self, max_length: int | None = None, convolution: "RecurrentEntry | None" = None) -> None:
+        self.state, self.convolution = KeyValueStore(max_length, convolution), convolution
         self.is_static = max_length is not None
 
     def run(self, module: nn.Module, hidden_states: Tensor, sequence: SequenceInfo) -> Tensor:
@@ -149,7 +158,7 @@ class AttentionEntry:
         if self.is_static and self.state.keys is not None:
             self.map(lambda tensor: tensor.zero_())
         else:
-            self.state = KeyValueStore(self.state.max_length)
+            self.state = KeyValueStore(self.state.max_length, self.convolution)
 
     def begin_record(self) -> None:
         """Keys are never overwritten, so there is nothing to keep."""
@@ -181,8 +190,8 @@ class RecurrentEntry:
         self.inputs: list[tuple[Tensor, SequenceInfo]] = []
         self.stale = False  # `crop` removed inputs that `state` still counts in
 
-    def run(self, module: nn.Module, hidden_states: Tensor, sequence: SequenceInfo) -> Tensor:
-        """Apply the module to `[B, T, D]` and keep its state."""
+    def run(self, module: Callable, hidden_states: Tensor, sequence: SequenceInfo) -> Tensor:
+        """Apply the module, or a part of one, to `[B, T, D]` and keep its state."""
         if not self.recording:
             output, state = module(hidden_states, self.state, sequence)
             self._keep(state)
@@ -216,7 +225,7 @@ class RecurrentEntry:
         for name, tensor in self.tensors().items():
             tensor.copy_(getattr(state, name))
 
-    def _replay(self, module: nn.Module) -> None:
+    def _replay(self, module: Callable) -> None:
         """Compute the state after the recorded inputs."""
         state = self.mark
         pending = [(x, call.to(x.device)) for x, call in self.inputs[self.num_marked :] if call.num_tokens]

@@ -48,7 +48,7 @@ class HybridCacheLayer(EntryHolder, CacheLayerMixin):
         channel_mixer: Entry of the channel mixer, or `None`.
     """
 
-    parts = ("mixer", "channel_mixer")
+    parts = ("mixer", "convolution", "channel_mixer")
 
     def __init__(self, mixer: Any = None, channel_mixer: Any = None) -> None:
         self.mixer, self.channel_mixer = mixer, channel_mixer
@@ -68,7 +68,13 @@ class HybridCacheLayer(EntryHolder, CacheLayerMixin):
         return {**self.__dict__, "_cache": None}  # the copy of the cache claims the copies of its layers
 
     def _tensor(self, name: str) -> Tensor | None:
-        return None if self.mixer is None else self.mixer.tensors().get(name)
+        kept = [entry.tensors() for entry in (self.mixer, self.convolution) if entry is not None]
+        return next((tensors[name] for tensors in kept if name in tensors), None)
+
+    @property
+    def convolution(self) -> Any:
+        """Entry of the convolution in front of a key-value store, which is rolled back in another way."""
+        return getattr(self.mixer, "convolution", None)
 
     keys = property(lambda self: self._tensor("keys"))
     values = property(lambda self: self._tensor("values"))

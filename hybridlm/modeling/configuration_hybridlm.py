@@ -60,6 +60,7 @@ class HybridLMConfig(PreTrainedConfig):
         embedding_dropout: Probability of dropping an element of the embeddings in training.
         tie_word_embeddings: Whether the head shares the embedding matrix.
         initializer_range: Standard deviation of normal initialisation.
+        embedding_std: The same for the embedding, and for a head that shares it; `initializer_range` when `None`.
         max_position_embeddings: The length that the model was trained for.
         use_cache: Whether a forward in evaluation mode returns its cache.
         output_router_logits: Whether router logits are returned by default.
@@ -92,6 +93,7 @@ class HybridLMConfig(PreTrainedConfig):
     embedding_dropout: float | int = 0.0
     tie_word_embeddings: bool = False
     initializer_range: float | int = 0.02
+    embedding_std: float | int | None = None
     max_position_embeddings: int = 2048
     use_cache: bool = True
     output_router_logits: bool = False
@@ -138,6 +140,8 @@ class HybridLMConfig(PreTrainedConfig):
             raise ValueError(f"embedding_dropout: {self.embedding_dropout}, expected at least 0 and below 1")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range: {self.initializer_range}, expected at least 0")
+        if self.embedding_std is not None and not 0 < self.embedding_std < float("inf"):
+            raise ValueError(f"embedding_std: {self.embedding_std}, expected above 0, or null for initializer_range")
         if not self.layer_specs:
             raise ValueError("layer_specs: empty, expected at least one recipe")
         if len(self.layer_layout) != self.num_hidden_layers:

@@ -6,11 +6,19 @@ Differs: the tail holds W - 1 tokens, no tap crosses the start of a document, pa
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
+
+
+@dataclass
+class ConvState:
+    """`[B, C, W - 1]`, the last inputs of a convolution, in the model's type."""
+
+    conv_states: Tensor
 
 
 class CausalConv1d(nn.Conv1d):

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cache import HybridCache
 from .cache_entries import AttentionEntry, RecurrentEntry
 from .cache_layer import HybridCacheLayer
+from .conv import ConvState
 from .masks import SequenceInfo
 from .norms import build_norm
 from .registry import HALVES, RESIDUALS, build_part
@@ -71,9 +72,11 @@ class HybridLMLayer(GradientCheckpointingLayer):
         spec = getattr(module, "state_spec", None)
         if spec is None or not spec(1, torch.float32):
             return None
+        is_static = static_length is not None
         if hasattr(module, "window") and module.window is None:
-            return AttentionEntry(static_length)
-        return RecurrentEntry(module.state_type, static=static_length is not None)
+            convolved = getattr(module, "conv1d", None) is not None
+            return AttentionEntry(static_length, RecurrentEntry(ConvState, is_static) if convolved else None)
+        return RecurrentEntry(module.state_type, is_static)
 
     def _apply_half(
         self, half: str, hidden_states: Tensor, sequence: SequenceInfo, entries: HybridCacheLayer | None

@@ -3,7 +3,8 @@
 Shapes: B batch, T new tokens, S keys, D hidden size, H query heads, G key-value heads, K head width.
 Reference: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023 (grouped queries), arXiv:2305.13245; Xiao et al.
 2023 (attention sinks), arXiv:2309.17453.
-Differs: sinks keep their original positions, so nothing is rotated again when the window moves.
+Differs: sinks keep their original positions, so nothing is rotated again when the window moves. A convolution of the
+projections is linear, as in Arora et al. 2024 ("Based"), arXiv:2402.18668, without a bias; the projections have one.
 """
 
 import math
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from .attention_product import AttentionProduct
 from .cache_entries import KeyValueStore
+from .conv import CausalConv1d, ConvState
 from .heads import check_heads
 from .masks import SequenceInfo, compiling, plain_sequence
 from .norms import RMSNorm
@@ -45,6 +47,8 @@ class AttentionMixer(nn.Module):
         scale: Factor on the scores; 1 / sqrt(K) by default.
         qkv_bias: Whether the input projections have a bias.
         out_bias: Whether the output projection has a bias.
+        conv_kernel: Width W of a depthwise causal convolution of queries, keys and values, before their norms and
+            positions; `None` for none.
         dropout: Probability of dropping an attention weight in training.
     """
 
@@ -68,12 +72,13 @@ class AttentionMixer(nn.Module):
         scale: float | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
+        conv_kernel: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_heads(hidden_size, num_heads, num_kv_heads, head_dim, dropout)
-        self._check(window, num_sinks, logit_softcap)
+        self._check(window, num_sinks, logit_softcap, conv_kernel)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.window, self.num_sinks = window, num_sinks
@@ -82,6 +87,8 @@ class AttentionMixer(nn.Module):
         self.q_proj = nn.Linear(hidden_size, width, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
+        self.widths = (width, kv_width, kv_width)
+        self.conv1d = None if conv_kernel is None else CausalConv1d(sum(self.widths), conv_kernel, bias=False)
         self.o_proj = nn.Linear(width, hidden_size, bias=out_bias)
         self.gate_proj = nn.Linear(hidden_size, width, bias=qkv_bias) if output_gate else None
         self.q_norm = RMSNorm(self.head_dim, eps=qk_norm_eps) if qk_norm else None
@@ -93,13 +100,15 @@ class AttentionMixer(nn.Module):
         self.init_weights(0.02)
 
     @staticmethod
-    def _check(window: int | None, num_sinks: int, logit_softcap: float | None) -> None:
+    def _check(window: int | None, num_sinks: int, logit_softcap: float | None, conv_kernel: int | None) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window={window} must be at least 1, or null for full attention")
         if num_sinks < 0 or (num_sinks and window is None):
             raise ValueError(f"num_sinks={num_sinks} must be at least 0, and needs a window")
         if logit_softcap is not None and logit_softcap <= 0:
             raise ValueError(f"logit_softcap={logit_softcap} must be positive")
+        if conv_kernel is not None and conv_kernel < 2:
+            raise ValueError(f"conv_kernel={conv_kernel} must be at least 2, or null for no convolution")
 
     def init_weights(self, std: float) -> None:
         """Start the learned sinks."""
@@ -110,18 +119,53 @@ class AttentionMixer(nn.Module):
         """Shape a row and type of the state after `num_tokens` tokens."""
         slots = num_tokens if self.window is None else self.num_sinks + self.window
         shape = (self.num_kv_heads, slots, self.head_dim)
-        return {"keys": (shape, dtype), "values": (shape, dtype)}
+        spec = {"keys": (shape, dtype), "values": (shape, dtype)}
+        return (
+            spec if self.conv1d is None else spec | {"conv_states": ((sum(self.widths), self.conv1d.num_past), dtype)}
+        )
 
     def state_size(self, num_tokens: int) -> int:
         """Elements a row keeps after `num_tokens` tokens."""
         return sum(math.prod(shape) for shape, _ in self.state_spec(num_tokens, torch.float32).values())
 
-    def _project(self, hidden_states: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, H, T, K]`, keys and values `[B, G, T, K]`."""
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def _projections(self, hidden_states: Tensor) -> list[Tensor]:
+        """Queries, keys and values `[B, T, widths]`."""
+        return [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def _convolve(
+        self,
+        hidden_states: Tensor,
+        state: ConvState | WindowState | None,
+        sequence: SequenceInfo,
+        reference: bool = False,
+    ) -> tuple[Tensor, ConvState]:
+        """The projections side by side, convolved, and the last ones before the convolution."""
+        tail = None if state is None else state.conv_states
+        convolve = self.conv1d.forward_reference if reference else self.conv1d
+        mixed = torch.cat(self._projections(hidden_states), dim=-1)
+        mixed, tail = convolve(mixed, tail, sequence.starts, sequence.lengths)
+        return mixed, ConvState(tail.to(hidden_states.dtype))
+
+    def _mixed(
+        self, hidden_states: Tensor, state: KeyValueStore | WindowState | None, sequence: SequenceInfo
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Queries, keys and values `[B, T, widths]`, and the tail of their convolution where it goes into the state."""
+        if self.conv1d is None:
+            return self._projections(hidden_states), None
+        tail = None
+        if isinstance(state, KeyValueStore):  # its convolution is rolled back apart, from the same inputs
+            mixed = state.convolution.run(self._convolve, hidden_states, sequence)
+        else:
+            mixed, after = self._convolve(hidden_states, state, sequence)
+            tail = after.conv_states
+        query, key, value = mixed.split(self.widths, dim=-1)
+        if sequence.use_cache:  # a view would keep the queries alive as long as the keys
+            key, value = key.clone(), value.clone()
+        return [query, key, value], tail
+
+    def _heads(self, projections: list[Tensor], sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, T, K]`, keys and values `[B, G, T, K]`, with norms and positions."""
+        query, key, value = (projected.unflatten(-1, (-1, self.head_dim)) for projected in projections)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self.position(query.transpose(1, 2), key.transpose(1, 2), sequence)
@@ -136,8 +180,11 @@ class AttentionMixer(nn.Module):
         """Map `[B, T, D]` to `[B, T, D]`; also return what to attend to next time."""
         if sequence is None:
             sequence = plain_sequence(hidden_states)
-        query, key, value = self._project(hidden_states, sequence)
+        projections, tail = self._mixed(hidden_states, state, sequence)
+        query, key, value = self._heads(projections, sequence)
         key, value, key_index, state = self._extend(key, value, state, sequence)
+        if tail is not None and state is not None:
+            state.conv_states = tail
         output = self._attend(query, key, value, key_index, sequence)
         return self._finish(output, hidden_states), state
 
@@ -268,19 +315,26 @@ class AttentionMixer(nn.Module):
 
     def forward_reference(
         self, hidden_states: Tensor, state: Any = None, sequence: SequenceInfo | None = None
-    ) -> tuple[Tensor, list]:
+    ) -> tuple[Tensor, tuple[list, ConvState | None]]:
         """Attend token by token and row by row, in plain loops over the real tokens.
 
-        The state is, for every row, the list of `(key, value)` `[G, K]` of its tokens and the start of its document.
+        The state is, for every row, the list of `(key, value)` `[G, K]` of its tokens and the start of its document;
+        and the tail of the convolution.
         """
         if sequence is None:
             sequence = plain_sequence(hidden_states)
-        query, key, value = self._project(hidden_states, sequence)
+        rows, tail = (None, None) if state is None else state
+        if self.conv1d is None:
+            projections = self._projections(hidden_states)
+        else:
+            mixed, tail = self._convolve(hidden_states, tail, sequence, reference=True)
+            projections = list(mixed.split(self.widths, dim=-1))
+        query, key, value = self._heads(projections, sequence)
         batch, _, length, _ = query.shape
-        state = [([], 0) for _ in range(batch)] if state is None else [(list(kv), start) for kv, start in state]
+        rows = [([], 0) for _ in range(batch)] if rows is None else [(list(kv), start) for kv, start in rows]
         output = torch.zeros_like(query)
         for b in range(batch):
-            seen, start = state[b]
+            seen, start = rows[b]
             count = length if sequence.lengths is None else int(sequence.lengths[b])
             for t in range(count):
                 if sequence.starts is not None and bool(sequence.starts[b, t]):
@@ -293,8 +347,8 @@ class AttentionMixer(nn.Module):
                     if self.window is None or j > now - self.window or j - start < self.num_sinks
                 ]
                 output[b, :, t] = self._attend_one(query[b, :, t], [seen[j] for j in visible])
-            state[b] = (seen, start)
-        return self._finish(output.transpose(1, 2), hidden_states), state
+            rows[b] = (seen, start)
+        return self._finish(output.transpose(1, 2), hidden_states), (rows, tail)
 
     def _attend_one(self, query: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         groups = self.num_heads // self.num_kv_heads

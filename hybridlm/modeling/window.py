@@ -16,10 +16,11 @@ from .masks import SequenceInfo
 
 @dataclass
 class WindowState:
-    """Keys and values `[B, G, num_sinks + R, K]`."""
+    """Keys and values `[B, G, num_sinks + R, K]`, and the tail of the convolution behind them, if there is one."""
 
     keys: Tensor
     values: Tensor
+    conv_states: Tensor | None = None
 
 
 def _rows(sequence: SequenceInfo, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

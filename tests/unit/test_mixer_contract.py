@@ -14,7 +14,7 @@ from torch import nn
 from variants import CHANNEL_VARIANTS, MIXER_VARIANTS, SMALL
 
 from hybridlm import CHANNEL_MIXERS, MIXERS
-from hybridlm.modeling.cache_entries import fields_of
+from hybridlm.modeling.cache_entries import KeyValueStore, RecurrentEntry, fields_of
 from hybridlm.modeling.registry import NORMS, RESIDUALS, SPANS, options_of
 from hybridlm.modeling.stream import RowState, build_sequence
 from hybridlm.testing import relative_error, scale_weights
@@ -50,9 +50,9 @@ def channel(request):
 
 def first_state(part):
     """What the cache hands to a part before the first token; attention over everything gets a store to fill."""
-    from hybridlm.modeling.cache_entries import KeyValueStore
-
-    return KeyValueStore() if getattr(part, "window", 0) is None else None
+    if getattr(part, "window", 0) is not None:
+        return None
+    return KeyValueStore(convolution=None if getattr(part, "conv1d", None) is None else RecurrentEntry())
 
 
 def draw(part, *shape, dtype=torch.float64):
@@ -98,7 +98,9 @@ def tensors(state):
     """The tensors of a state by name, at their live size."""
     if dataclasses.is_dataclass(state):
         return fields_of(state)
-    return {} if state is None else state.tensors()
+    if state is None:
+        return {}
+    return state.tensors() | ({} if state.convolution is None else state.convolution.tensors())
 
 
 def test_forward_is_the_reference(mixer):

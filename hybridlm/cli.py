@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from . import presets
 from .cli_check import check
 from .cli_eval import evaluate
+from .cli_report import report
 
 if TYPE_CHECKING:
     from .analysis.figures import Figures, Plan
@@ -50,6 +51,7 @@ app = typer.Typer(
 
 app.command()(check)
 app.command("eval")(evaluate)
+app.command()(report)
 
 Source = Annotated[Path, typer.Argument(help="Model folder: config.json and safetensors.")]
 Target = Annotated[Path, typer.Argument(help="Folder to write.")]

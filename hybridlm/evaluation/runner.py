@@ -166,7 +166,7 @@ def evaluate(found: Evaluated, settings: Settings, out: str | Path, progress: Pr
         raise ValueError(f"--lengths: nothing fits; {results[0]['reason']}")
     seconds = round(time.perf_counter() - started, 3)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    whole = common | {"cells": results, "skipped": skipped, "seconds": seconds, "date": date}
+    whole = {"kind": "eval"} | common | {"cells": results, "skipped": skipped, "seconds": seconds, "date": date}
     write_whole(path, json.dumps(whole, indent=1) + "\n")
     return whole
 

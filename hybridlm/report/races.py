@@ -1,0 +1,158 @@
+"""What `hybridlm race` found: every arm's accuracy against its state, the length, and the steps of training."""
+
+import json
+from collections.abc import Sequence
+
+from .blocks import NONE, Block, Cell, Grid, Listing, Score, Section, Table, Words, count, distinct, read_score
+from .charts import Axis, Chart, LineChart, Point, Series, figure
+from .node import Node
+from .sources import Source
+
+_ACCURACY = Axis("accuracy", low=0.0, high=1.0)
+_MATCHED = {"parameters": "equal parameters", "state_bytes": "equal state bytes", "flops": "equal FLOPs"}
+
+
+def sections(sources: Sequence[Source]) -> list[Section]:
+    """One section a race."""
+    titles = [source.data.optional_text("title") or source.data["name"].text() for source in sources]
+    titles = distinct(titles, [(f"file {source.number}",) for source in sources])
+    return [
+        Section(f"race-{source.number}", f"Race: {title}", _blocks(source))
+        for source, title in zip(sources, titles, strict=True)
+    ]
+
+
+def _blocks(source: Source) -> list[Block]:
+    race = source.data
+    chance = race["chance"].number()
+    arms = dict(race["arms"].items())
+    if not arms:
+        raise race.wrong("arms: there is none")
+    blocks: list[Block] = [Words(_about(race, chance)), _ordering(race)]
+    summary = [sentence.text() for sentence in race.each("summary")]
+    blocks += [Words(summary)] if summary else []
+    blocks.append(_table(source, arms, chance))
+    charts = [_steps(source, arms, chance), _state(source, arms, chance), _lengths(source, arms, chance)]
+    blocks.append(Grid("Accuracy against steps, state and length", [chart for chart in charts if chart is not None]))
+    lengths = _length_table(source, arms, chance)
+    if lengths is not None:
+        blocks.append(lengths)
+    recipe = race.get("recipe")
+    if recipe is not None:
+        blocks.append(Listing("The full recipe", json.dumps(recipe.value, indent=1, ensure_ascii=False)))
+    return blocks
+
+
+def _about(race: Node, chance: float) -> list[str]:
+    matched = race.optional_text("matched")
+    at = f"at {_MATCHED.get(matched, matched)}" if matched else "not matched in size"
+    task = race["task"]
+    return [
+        f"Task {task['task'].text()}, rows of {figure(task['length'].number())} tokens; arms {at}; chance is "
+        f"{chance:.4g}. Accuracies are means over seeds, ± standard error. How many steps an arm takes is speed of "
+        "learning under this recipe, not capacity."
+    ]
+
+
+def _ordering(race: Node) -> Words:
+    ordering = race.get("ordering")
+    if ordering is None:
+        return Words(["The race makes no claim about an ordering."])
+    shows = ordering["shows"].flag()
+    verdict = "The expected ordering shows" if shows else "The expected ordering does not show"
+    return Words([f"{verdict}: {ordering['claim'].text()} {ordering['why'].text()}"], "good" if shows else "bad")
+
+
+def _score(node: Node, chance: float) -> Score:
+    return read_score(node, "mean", "standard_error", chance)
+
+
+def _table(source: Source, arms: dict[str, Node], chance: float) -> Table:
+    steps = sorted({step for arm in arms.values() for step, _ in arm["at"].items()}, key=float)
+    threshold = next((arm["steps_to"]["threshold"].number() for arm in arms.values() if "steps_to" in arm), None)
+    to = [] if threshold is None else [f"steps to {threshold:g}"]
+    rows = []
+    for name, arm in arms.items():
+        scores = [arm.get("at", step) for step in steps]
+        rows.append(
+            [
+                Cell(name),
+                Cell(arm.optional_text("about") or ""),
+                *(count(arm.optional_number(key)) for key in ("parameters", "state_bytes", "flops_per_token")),
+                count(len(list(arm["seeds"]))),
+                *(Cell(NONE) if score is None else _score(score, chance).cell for score in scores),
+                *([_steps_to(arm)] if to else []),
+            ]
+        )
+    titles = ["arm", "about", "parameters", "state bytes", "FLOPs / token", "seeds"]
+    note = f"Chance is {chance:.4g}." + (" Steps by seed; –: not reached." if to else "")
+    accuracy = [f"at step {step}" for step in steps]
+    return Table("Arms and accuracy", [*titles, *accuracy, *to], rows, [source.number], note)
+
+
+def _steps_to(arm: Node) -> Cell:
+    """Steps of each seed; sorted by the slowest, and after all others where a seed did not get there."""
+    seeds = arm.each("steps_to", "seeds")
+    text = ", ".join(NONE if seed.value is None else f"{seed.number():,.0f}" for seed in seeds)
+    reached = [seed.number() for seed in seeds if seed.value is not None]
+    return Cell(text or NONE, max(reached) if seeds and len(reached) == len(seeds) else None)
+
+
+def _steps(source: Source, arms: dict[str, Node], chance: float) -> Chart | None:
+    series = []
+    for name, arm in arms.items():
+        points = []
+        for entry in arm.each("curve"):
+            points.append(Point(entry[0].number(), entry[1].number(), entry.optional_number(2)))
+        if points:
+            series.append(Series(name, points))
+    if not series:
+        return None
+    return LineChart("Accuracy against steps", Axis("step", low=0.0), _ACCURACY, series, [("chance", chance)],
+                     sources=[source.number])  # fmt: skip
+
+
+def _state(source: Source, arms: dict[str, Node], chance: float) -> Chart | None:
+    """Where each arm was read last."""
+    series, read = [], ""
+    for name, arm in arms.items():
+        at, size = dict(arm["at"].items()), arm.optional_number("state_bytes")
+        if at and size and size > 0:
+            read = max(at, key=float)
+            score = _score(at[read], chance)
+            series.append(Series(name, [Point(size, score.value, score.error)], line=False))
+    if not series:
+        return None
+    return LineChart("Accuracy against state bytes", Axis("state bytes of a row", log=2), _ACCURACY, series,
+                     [("chance", chance)], sources=[source.number], note=f"At step {read}.")  # fmt: skip
+
+
+def _lengths(source: Source, arms: dict[str, Node], chance: float) -> Chart | None:
+    series = []
+    for name, arm in arms.items():
+        scores = [(float(length), _score(node, chance)) for length, node in _by_length(arm)]
+        if scores:
+            series.append(Series(name, [Point(length, score.value, score.error) for length, score in scores]))
+    if not series:
+        return None
+    trained = source.data["task"]["length"].number()
+    return LineChart("Accuracy against length", Axis("length (tokens)", log=2), _ACCURACY, series,
+                     [("chance", chance)], [("trained length", trained)], [source.number])  # fmt: skip
+
+
+def _by_length(arm: Node) -> list[tuple[str, Node]]:
+    found = arm.get("lengths")
+    return [] if found is None else sorted(found.items(), key=lambda item: float(item[0]))
+
+
+def _length_table(source: Source, arms: dict[str, Node], chance: float) -> Table | None:
+    lengths = sorted({length for arm in arms.values() for length, _ in _by_length(arm)}, key=float)
+    if not lengths:
+        return None
+    rows = []
+    for name, arm in arms.items():
+        scores = dict(_by_length(arm))
+        cells = [_score(scores[length], chance).cell if length in scores else Cell(NONE) for length in lengths]
+        rows.append([Cell(name), *cells])
+    titles = ["arm", *(f"{float(length):,.0f} tokens" for length in lengths)]
+    return Table("Accuracy by length", titles, rows, [source.number], f"Chance is {chance:.4g}.")

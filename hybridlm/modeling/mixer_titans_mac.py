@@ -3,8 +3,8 @@
 A segment is C tokens, counted from the start of the document. In segment n, with the memory M_{n-1} that the segments
 before it have left,
 
-    h_i = M_{n-1}(q(x_i)),  y_i = Attention([P ; h_j, j <= i ; x_j, j <= i]),  o_i = W (norm(y_i) * sigmoid(norm(m_i))),
-    m_i = M_{n-1}(q(y_i)),
+    h_i = M_{n-1}(q(x_i)),  y_i = x_i + Attention([P ; h_j, j <= i ; x_j, j <= i]),
+    m_i = M_{n-1}(q(y_i)),  o_i = W (norm(y_i) * sigmoid(norm(m_i))),
 
 and when the segment is full M_n is M_{n-1} trained by its y, all gradients taken at M_{n-1}: the chunk of the memory is
 the segment. Nothing that the memory learns of a segment is read in it, so nothing can leak to its earlier tokens.
@@ -14,8 +14,8 @@ of the memory, E width of such a head, P weights of one, F what the memory needs
 Reference: Behrouz et al. 2024, "Titans: Learning to Memorize at Test Time", arXiv:2501.00663, section 4.1.
 Differs: a token sees h of the tokens up to itself, where the paper's segment is one prefix; the output gate reads
 M_{n-1}, where the paper's M_n has seen the whole segment; both would leak. h and x have projections to queries of their
-own for x and y; the product is projected; persistent tokens P are keys and values (see `attention_branch.py`); see also
-`memory.py` and `memory_gates.py`.
+own for x and y; the product is projected; y holds x_i itself (`attention_residual`); persistent tokens P are keys and
+values (see `attention_branch.py`); see also `memory.py` and `memory_gates.py`.
 """
 
 from copy import copy
@@ -75,6 +75,9 @@ class TitansMACMixer(nn.Module):
         num_persistent: Learned keys and values that every token attends to besides.
         qk_norm: Whether queries and keys are RMS-normalised per head.
         norm_eps: Added to mean squares.
+        attention_residual: Whether x_i is added to what attention makes of it, so that the memory sees the token and
+            not only a mean of tokens. The paper does not say. Without it a small model learned which values a row
+            held, and not which key each belonged to.
         memory: `{"name": "neural_memory", ...}` with the options of that mixer; `chunk_size` follows from
             `segment_size`. By default the outer gradient flows through all segments; with its `detach_memory` the
             memory that an update starts from is a constant, and the gradient reaches earlier segments only through
@@ -97,6 +100,7 @@ class TitansMACMixer(nn.Module):
         num_persistent: int = 4,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        attention_residual: bool = True,
         memory: dict | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +118,7 @@ class TitansMACMixer(nn.Module):
         )
         self.memory = build_memory(memory, hidden_size, segment_size)
         self.hidden_size, self.segment_size = hidden_size, segment_size
+        self.attention_residual = attention_residual
         self.num_heads, self.num_kv_heads = num_heads, self.attention.num_kv_heads
         self.head_dim = self.attention.head_dim
         width = self.memory.num_heads * self.memory.head_dim
@@ -142,6 +147,7 @@ class TitansMACMixer(nn.Module):
             rows = [piece.take(query, 2) for query in queries]
             shown = [buffer.flatten(2, 3) for buffer in buffers[:2]]
             y = self.attention.over(*rows, *shown, self.visible(piece, buffers[0].shape[3]))
+            y = y + piece.take(hidden_states, 1) if self.attention_residual else y
             mixed = self.memory.qkv_proj(y)
             mixed, conv = self.memory.conv1d(mixed, conv, piece.call.starts, piece.call.lengths)
             query, tokens = self.memory.associate(mixed, self.memory.gates(y))
@@ -305,6 +311,7 @@ class _Row:
         key, value = mixer.attention.keys_and_values(h, at)
         self.pairs += [(key[0, :, 0], value[0, :, 0]), own]
         y = mixer.attention.o_proj(mixer.attention.of_one(query, plain, self.pairs).flatten())[None, None]
+        y = y + x if mixer.attention_residual else y
         mixed, tail = memory.conv1d.forward_reference(memory.qkv_proj(y), self.tails[1])
         asked, tokens = memory.associate(mixed, memory.gates(y))
         remembered = memory.finish(self.memory.recall(asked[0, 0])[None, None], y)

@@ -60,12 +60,14 @@ def test_the_two_leaks_of_the_formula_as_printed_would_be_seen(leak, monkeypatch
         test_no_token_reaches_what_comes_before_it_by_value_or_by_gradient()
 
 
+@pytest.mark.parametrize("attention_residual", [True, False])
 @pytest.mark.parametrize("num_persistent", [0, 3])
 @pytest.mark.parametrize("segment_size", [1, 4, 7])
 def test_without_learning_it_is_attention_in_segments_to_tokens_and_what_the_initial_memory_says(
-    segment_size, num_persistent
+    segment_size, num_persistent, attention_residual
 ):
     options = {"segment_size": segment_size, "num_persistent": num_persistent}
+    options["attention_residual"] = attention_residual
     mixer, inputs = build("mac", {"max_learning_rate": 0.0}, **options), draw()
     assert_close(mixer(inputs)[0], mac_that_never_learns(mixer, inputs), **EXACT)
 

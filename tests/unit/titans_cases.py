@@ -87,4 +87,5 @@ def mac_that_never_learns(mixer, inputs):
     segment = torch.arange(tokens) // mixer.segment_size
     visible = window_mask(tokens, tokens) & (segment[:, None] == segment)
     y = attended(mixer.attention, inputs, torch.cat([context, inputs], 1), torch.cat([visible, visible], 1))
+    y = y + inputs if mixer.attention_residual else y
     return gated(mixer.gate, y, untaught(mixer.memory, y))

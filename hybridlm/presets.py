@@ -67,6 +67,16 @@ def find_run(name_or_path: str | Path) -> Path:
     return path if path.is_file() else _named("configs/runs", str(name_or_path), ".yaml", "run file")
 
 
+def find_race(name_or_path: str | Path) -> Path:
+    """The race file that a user means: the name of one that comes with the package, or a path.
+
+    Raises:
+        FileNotFoundError: With the nearest names.
+    """
+    path = Path(name_or_path)
+    return path if path.is_file() else _named("configs/races", str(name_or_path), ".yaml", "race")
+
+
 def load_config(name_or_path: str | Path) -> "HybridLMConfig":
     """Load a preset, a `config.json`, or a model folder's config.
 

@@ -32,6 +32,7 @@ def mqar(
     *,
     seed: int,
     num_pairs: int | None = None,
+    tokens_per_pair: int = 16,
     num_queries: int | None = None,
     num_keys: int = 64,
     num_values: int = 64,
@@ -46,7 +47,8 @@ def mqar(
         num_rows: N.
         length: T.
         seed: Of the rows.
-        num_pairs: P; by default a sixteenth of the length, as in the paper, and at least 2.
+        num_pairs: P; by default one for every `tokens_per_pair` tokens of the row, and at least 2.
+        tokens_per_pair: 16 in the paper; with 4, and answers shown, pairs and queries fill the row.
         num_queries: Keys asked for; each once by default.
         num_keys: Symbols that are keys, the lower part of the vocabulary.
         num_values: Symbols that are values.
@@ -55,7 +57,8 @@ def mqar(
         show_answers: Whether the answer follows its query, as in text.
         fillers_imitate: Whether filler is drawn from all symbols.
     """
-    num_pairs = min(max(2, length // 16), num_keys) if num_pairs is None else num_pairs
+    _at_least("tokens_per_pair", tokens_per_pair, 1)
+    num_pairs = min(max(2, length // tokens_per_pair), num_keys) if num_pairs is None else num_pairs
     rows = key_value_recall(
         num_rows, length, seed=seed, num_pairs=num_pairs, num_queries=num_queries, gap_power=gap_power,
         vocabulary=RecallVocabulary(num_keys, num_values, num_fillers), show_answers=show_answers,

@@ -1,7 +1,5 @@
 """A run file: one YAML file that says what is trained on what, checked before anything starts."""
 
-import dataclasses
-import difflib
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -13,6 +11,7 @@ import yaml
 from transformers import TrainingArguments
 
 from hybridlm.presets import find_run
+from hybridlm.typed import build, convert, read_yaml, suggestion, type_names
 
 # what a run uses unless its file says otherwise
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -107,6 +106,8 @@ class PublishOptions:
         check_reload: Load the folder in a new process without `hybridlm`, and fail unless the logits are equal.
         prompt: Text that the reloaded model continues.
         max_new_tokens: Length of the continuation.
+        facts: Name of a zoo model, or a YAML file, whose words the card takes; by default those of the preset that the
+            config equals.
     """
 
     name: str = "hybridlm-model"
@@ -114,6 +115,7 @@ class PublishOptions:
     check_reload: bool = False
     prompt: str | None = None
     max_new_tokens: int = 200
+    facts: str | None = None
 
 
 @dataclass
@@ -143,10 +145,10 @@ def load_run_file(source: str | Path | dict[str, Any], overrides: list[str] | No
         FileNotFoundError: There is no such run file.
         ValueError: With the path of what is unknown, missing or of the wrong type.
     """
-    content = dict(source) if isinstance(source, dict) else _read_yaml(find_run(source))
+    content = dict(source) if isinstance(source, dict) else read_yaml(find_run(source))
     for override in overrides or []:
         _override(content, override)
-    run_file = _build(RunFile, content, "")
+    run_file = build(RunFile, content, "")
     if (run_file.model.config is None) == (run_file.model.pretrained is None):
         raise ValueError("model: give exactly one of `config` and `pretrained`")
     training_arguments(run_file)  # only for its errors
@@ -163,7 +165,7 @@ def training_arguments(run_file: RunFile) -> TrainingArguments:
     hints = typing.get_type_hints(TrainingArguments)
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"training.{name}: unknown key{_suggestion(name, known)}")
+            raise ValueError(f"training.{name}: unknown key{suggestion(name, known)}")
         given[name] = _convert_loosely(hints[name], value, f"training.{name}")
     if run_file.data.streaming and given.get("max_steps", -1) <= 0:
         raise ValueError("training.max_steps: must be given when data.streaming is true, a stream has no length")
@@ -180,16 +182,6 @@ def training_arguments(run_file: RunFile) -> TrainingArguments:
         return TrainingArguments(output_dir=run_file.output_dir, remove_unused_columns=False, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys and values, got {type(content).__name__}")
-    return content
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -216,39 +208,6 @@ def _instead(place: str, value: Any) -> str:
     )
 
 
-def _build(kind: type, content: Any, path: str) -> Any:
-    """Make a dataclass out of a dict, with an error that names the path of what does not fit."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys and values, got {content!r}")
-    hints = typing.get_type_hints(kind)
-    prefix = f"{path}." if path else ""
-    for name in content:
-        if name not in hints:
-            raise ValueError(f"{prefix}{name}: unknown key{_suggestion(str(name), hints)}")
-    for item in fields(kind):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in content:
-            raise ValueError(f"{prefix}{item.name}: missing")
-    return kind(**{name: _convert(hints[name], value, prefix + name) for name, value in content.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if option is int and isinstance(value, bool):
-            continue
-        if option == list[int]:
-            if isinstance(value, list) and all(type(item) is int for item in value):
-                return value
-        elif isinstance(value, option):
-            return value
-    raise ValueError(f"{path}: expected {_name_types(options)}, got {value!r}")
-
-
 def _convert_loosely(hint: Any, value: Any, path: str) -> Any:
     """Check the plain types only; `TrainingArguments` turns the others (names into enums, and so on) itself."""
     options = set(typing.get_args(hint) or [hint])
@@ -261,18 +220,8 @@ def _convert_loosely(hint: Any, value: Any, path: str) -> Any:
         ordered = [option for option in (bool, int, float, str, types.NoneType) if option in options]
         for option in ordered:
             try:
-                return _convert(option, value, path)
+                return convert(option, value, path)
             except ValueError:
                 continue
-        raise ValueError(f"{path}: expected {_name_types(ordered)}, got {value!r}")
+        raise ValueError(f"{path}: expected {type_names(ordered)}, got {value!r}")
     return value
-
-
-def _name_types(options: typing.Iterable[Any]) -> str:
-    names = [option.__name__ if isinstance(option, type) else str(option) for option in options]
-    return " or ".join(names).replace("NoneType", "null")
-
-
-def _suggestion(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else f", expected one of {sorted(known)}"

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from . import presets
 from .cli_check import check
 from .cli_eval import evaluate
+from .cli_race import race
 from .cli_report import report
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ app = typer.Typer(
 
 app.command()(check)
 app.command("eval")(evaluate)
+app.command()(race)
 app.command()(report)
 
 Source = Annotated[Path, typer.Argument(help="Model folder: config.json and safetensors.")]

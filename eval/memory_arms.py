@@ -79,7 +79,7 @@ def _window(settings: Settings) -> dict[str, Any]:
 def _memory(settings: Settings, **options: Any) -> dict[str, Any]:
     """A linear memory that forgets little at the start: a pair must outlive the row.
 
-    Without the output gate, with which recall was found late or not at all in trials.
+    Without the output gate: `lmm-gated` has it.
     """
     return {
         "name": "neural_memory",
@@ -93,7 +93,7 @@ def _memory(settings: Settings, **options: Any) -> dict[str, Any]:
     }
 
 
-def _titans(kind: str) -> Callable[[Settings], dict[str, Any]]:
+def _titans(kind: str, **options: Any) -> Callable[[Settings], dict[str, Any]]:
     def mixer(settings: Settings) -> dict[str, Any]:
         memory = _memory(settings)
         local: dict[str, Any] = {"window": settings.window}
@@ -103,6 +103,7 @@ def _titans(kind: str) -> Callable[[Settings], dict[str, Any]]:
         position = {"name": "rope"}
         return {
             "name": f"titans_{kind}", "num_heads": settings.num_heads, "position": position, **local, "memory": memory,
+            **options,
         }  # fmt: skip
 
     return mixer
@@ -153,6 +154,10 @@ ARMS = {
     "memorizing": Arm("window and a store of 512 past keys (Memorizing Transformer)", _memorizing, is_memory=True),
     "lmm-frozen": Arm(
         "lmm that never learns (theta = 0)", lambda s: _memory(s, max_learning_rate=0.0), control_of="lmm"
+    ),
+    "lmm-gated": Arm("lmm with the output gate", lambda s: _memory(s, output_gate=True), control_of="lmm"),
+    "mac-bare": Arm(
+        "mac without the token beside its context", _titans("mac", attention_residual=False), control_of="mac"
     ),
     "lmm-alone": Arm("lmm without the window", _memory, with_window=False, control_of="lmm", is_memory=True),
 }

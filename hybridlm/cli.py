@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from . import presets
 from .cli_check import check
 from .cli_eval import evaluate
+from .cli_publish import card, publish, verify
 from .cli_race import race
 from .cli_report import report
 
@@ -52,6 +53,9 @@ app = typer.Typer(
 
 app.command()(check)
 app.command("eval")(evaluate)
+app.command()(card)
+app.command()(verify)
+app.command()(publish)
 app.command()(race)
 app.command()(report)
 

@@ -1,11 +1,13 @@
 """The memories by name, for every mixer that has an option `memory`."""
 
+from torch import nn
+
 from .neural_memory import NeuralMemory
 
 MEMORIES = {"neural_memory": NeuralMemory}
 
 
-def build_memory(memory: dict | None, hidden_size: int, segment_size: int | None = None) -> NeuralMemory:
+def build_memory(memory: dict | None, hidden_size: int, segment_size: int | None = None) -> nn.Module:
     """Build what an option `memory` asks for; `None` is a neural memory with its defaults.
 
     Args:

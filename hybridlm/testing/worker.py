@@ -50,12 +50,12 @@ def digest(model: Any) -> str:
     return found.hexdigest()
 
 
-def remote(folder: str, input_ids: Any) -> tuple[Any, str, str]:
+def remote(folder: str, input_ids: Any, dtype: str = "auto") -> tuple[Any, str, str]:
     """Load a folder by its own code; return logits, the fingerprint of the weights, and the module of the class."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
     with torch.no_grad():
         logits = model(input_ids=input_ids, use_cache=False).logits
     return logits, digest(model), type(model).__module__

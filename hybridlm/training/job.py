@@ -23,19 +23,21 @@ from hybridlm.analysis.span_rules import check_top_k
 from hybridlm.data import Documents, PackedRows, PackedStream, load_documents, load_tokenizer, pack_documents
 from hybridlm.data.documents import STDLIB, text_hash
 from hybridlm.data.tokenizer import BYTE_TOKENIZER
-from hybridlm.hub.cards import render_card
+from hybridlm.hub.cards import CURVE as CURVE_FILE
+from hybridlm.hub.folder import remove_card
+from hybridlm.hub.folders import read_config
+from hybridlm.hub.prune import prune_code
 from hybridlm.presets import find_config
 
 from .curve import plot_loss_curve
 from .measure import describe_run, measure_heldout, shared_line_fraction, unmet_demands
-from .publish import check_reload, save_hub_folder
+from .publish import check_publish, check_reload, finish_folder, save_hub_folder
 from .run_file import ModelOptions, RunFile, load_run_file, training_arguments
 from .trainer import HybridTrainer
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
-CURVE_FILE = "loss_curve.png"
 DATA_FILE = "data.json"
 PROBE_TOKENS = 256
 
@@ -68,6 +70,7 @@ def run(
         _check_output_dir(output_dir, resume, run_file.overwrite)
     tokenizer = load_tokenizer(run_file.tokenizer)
     _check_ngrams(run_file)
+    check_publish(run_file)
     with args.main_process_first(desc="reading the data"):
         documents, train_data, heldout = _prepare_data(run_file, tokenizer, args.seed)
     _check_same_data(output_dir, documents, resume, args.should_save)
@@ -97,11 +100,16 @@ def run(
     results |= measure_heldout(run_file, trainer, tokenizer, train_data, heldout)
     if heldout and run_file.data.path == STDLIB:
         results["shared_lines"] = shared_line_fraction(documents, heldout)
+    _write_results(output_dir, results)  # should publishing fail
     results |= _publish(run_file, trainer, tokenizer, heldout, results)
     results["failures"] = unmet_demands(run_file, results)
     results["seconds"] = time.perf_counter() - started
-    (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    _write_results(output_dir, results)
     return results
+
+
+def _write_results(output_dir: Path, results: dict[str, Any]) -> None:
+    (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -257,7 +265,9 @@ def _publish(
     """Save the Hub-ready folder, and check it if the run file asks for that."""
     options, folder = run_file.publish, Path(run_file.output_dir) / "model"
     model = trainer.accelerator.unwrap_model(trainer.model)
+    remove_card(folder)
     save_hub_folder(model, tokenizer, folder)
+    prune_code(folder, read_config(folder))
     published: dict[str, Any] = {"folder": os.fspath(folder), "curve": None}
     try:
         plot_loss_curve(trainer.state.log_history, folder / CURVE_FILE, options.name)
@@ -268,8 +278,5 @@ def _publish(
         text = heldout[0] if heldout else options.prompt or "hybridlm"
         input_ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]])
         published["reload"] = check_reload(folder, model, input_ids, options.prompt, options.max_new_tokens)
-    metrics = {key: results[key] for key in ("heldout", "ngrams", "bytes_seen", "training", "data") if key in results}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    if options.card:
-        (folder / "README.md").write_text(render_card(results | published), encoding="utf-8")
+    finish_folder(run_file, model, results | published)
     return published

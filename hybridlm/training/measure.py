@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from hybridlm.analysis.planner import plan
 from hybridlm.analysis.span_rules import bits_per_byte_by_rule
 from hybridlm.data import Documents, PackedRows, PackedStream
-from hybridlm.hub.cards import layer_rows, residual_of, span_rows
+from hybridlm.data.documents import STDLIB
+from hybridlm.hub.describe import layer_rows, residual_of, span_rows
 from hybridlm.modeling.configuration_hybridlm import HybridLMConfig
 
 from .bits_per_byte import evaluate_bits_per_byte
@@ -51,8 +52,12 @@ def describe_run(
     device = args.device.type if args.device.type != "cpu" else f"{threads} CPU thread{'s' * (threads != 1)}"
     config = trainer.model.config
     active, expected_active = _active_parameters(config)
+    local = Path(run_file.data.path).exists() or run_file.data.path == STDLIB
+    base = run_file.model.pretrained
     return {
+        "kind": "training",
         "name": run_file.publish.name,
+        "base_model": base if base is None or not Path(base).exists() else Path(base).resolve().name,
         "parameters": trainer.model.num_parameters(),
         "active_parameters": active,
         "expected_active_parameters": expected_active,
@@ -61,6 +66,7 @@ def describe_run(
         "residual": residual_of(config),
         "data": {
             "path": Path(run_file.data.path).name if Path(run_file.data.path).exists() else run_file.data.path,
+            "hub": not local,
             "length": run_file.data.length,
             "manifest_hash": documents.manifest_hash,
             "num_skipped_files": documents.num_skipped,

@@ -5,14 +5,37 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hybridlm.hub.cards import RUN_FILE, TRAINING, check_name, dump
+from hybridlm.hub.facts import GENERIC, load_facts
+from hybridlm.hub.folder import prepare
+
 from . import reload_check
+from .run_file import RunFile
+
+NOT_ON_CARDS = ("folder", "heldout_by_rule")  # a place on this machine; a leak beside the causal figure
+
+
+def check_publish(run_file: RunFile) -> None:
+    """Refuse, before anything is trained, what a card cannot be written with.
+
+    Raises:
+        ValueError: The name is none of a model on the Hub, or there are no such facts.
+    """
+    check_name(run_file.publish.name, "publish.name")
+    if run_file.publish.facts is not None:
+        try:
+            load_facts(run_file.publish.facts)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"publish.facts: {error}") from error
 
 
 def save_hub_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -59,3 +82,44 @@ def check_reload(
         if child.returncode:
             raise RuntimeError(f"{folder} does not load in a process without hybridlm:\n{child.stderr[-2000:]}")
         return json.loads(Path(work, "result.json").read_text())
+
+
+def finish_folder(run_file: RunFile, model: PreTrainedModel, results: dict[str, Any]) -> None:
+    """Put the training record and the run file into the published folder, and its card and golden logits if wanted.
+
+    Args:
+        run_file: Of the run.
+        model: The model that was saved; moved to the CPU and put in evaluation mode.
+        results: All that was measured.
+    """
+    folder = Path(results["folder"])
+    record = {key: value for key, value in results.items() if key not in NOT_ON_CARDS}
+    for path, data in ((TRAINING, dump(record)), (RUN_FILE, yaml.safe_dump(portable(run_file)).encode())):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(data)
+    if run_file.publish.card:
+        model = model.to("cpu").eval()
+        wide = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        prepare(folder, facts=_facts_of(run_file), name=run_file.publish.name, model=model if wide else None)
+
+
+def _facts_of(run_file: RunFile) -> str | None:
+    """Name of the facts; `None` for those of the preset that the config equals."""
+    if run_file.publish.facts is not None:
+        return run_file.publish.facts
+    return GENERIC if run_file.model.pretrained is not None else None
+
+
+def portable(run_file: RunFile) -> dict[str, Any]:
+    """A run file without the places of this machine: files and folders are named, and not where they lie."""
+    content = asdict(run_file)
+    content["output_dir"] = f"outputs/{run_file.publish.name}"
+    for section, key in (("data", "path"), ("model", "config"), ("model", "pretrained"), (None, "tokenizer")):
+        place = content if section is None else content[section]
+        place[key] = nameable(place[key]) if isinstance(place[key], str) else place[key]
+    return content
+
+
+def nameable(source: str) -> str:
+    """The name of a local file or folder; anything else as it is."""
+    return Path(source).name if Path(source).exists() else source

@@ -1,0 +1,148 @@
+"""Publish a model folder: check it, show what would be uploaded, upload it so that it can go on after a break.
+
+`HfApi.upload_folder` is what resumes, in every version of huggingface_hub that is supported: run again, it leaves out
+files that the repository has and large files whose content the storage has. (`upload_large_folder` keeps its own notes
+in the folder, and is gone from version 2.)
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .golden import file_hash, read_golden
+from .safety import folder_files, secrets, too_large
+from .verify import load_problems, verify
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that would be uploaded.
+
+    Attributes:
+        path: In the repository.
+        size: In bytes.
+        sha256: Of its content.
+    """
+
+    path: str
+    size: int
+    sha256: str
+
+
+def check_publishable(folder: str | Path, *, run: bool = True) -> list[str]:
+    """Why a folder must not be published; see `verify` for what is looked at beside secrets and sizes.
+
+    Args:
+        folder: The model folder.
+        run: Whether to load it.
+    """
+    folder = Path(folder)
+    problems = verify(folder, run=False)
+    problems += secrets(folder, [token for token in (get_token(),) if token])
+    problems += too_large(folder)
+    return problems or (load_problems(folder, read_golden(folder)) if run else [])
+
+
+def uploads(folder: str | Path) -> list[Upload]:
+    """The files of a folder, as they would be uploaded."""
+    folder = Path(folder)
+    return [
+        Upload(path.relative_to(folder).as_posix(), path.stat().st_size, file_hash(path))
+        for path in folder_files(folder)
+        if path.is_file()
+    ]
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what is no name of a repository.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--repo: {error}") from error
+    if repo.count("/") != 1:
+        raise ValueError(f"--repo: {repo!r}: expected ORG/NAME")
+
+
+def upload(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    said: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Upload a folder that was checked; after a break, the same call goes on.
+
+    Args:
+        folder: The model folder.
+        repo: `ORG/NAME`; made if it does not exist.
+        private: Make it private; a repository that is public is refused.
+        revision: A branch, made if it does not exist.
+        said: Called with a line of text as things go on.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: The name is wrong, or there is no token.
+        OSError: The Hub cannot be reached or refuses; without the token in its message.
+    """
+    check_repo(repo)
+    if constants.is_offline_mode():
+        raise OSError("HF_HUB_OFFLINE is set: nothing can be uploaded; unset it")
+    token = get_token()
+    if token is None:
+        raise ValueError("no token: `hf auth login` stores one, or set HF_TOKEN")
+    api = HfApi(endpoint=constants.ENDPOINT, token=token)
+    with _without_token(token, repo):
+        known_private = _visibility(api, repo)
+    if private and known_private is False:
+        raise ValueError(f"--private: {repo} exists and is public; make it private first, or leave the option out")
+    with _without_token(token, repo):
+        if known_private is None:
+            api.create_repo(repo, private=private, exist_ok=True)
+            said(f"made the {'private' if private else 'public'} repository {repo}")
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, commit_message="Upload with hybridlm publish"
+        )
+    return commit.commit_url
+
+
+def _visibility(api: HfApi, repo: str) -> bool | None:
+    """Whether a repository is private; `None` if there is none."""
+    try:
+        return bool(api.repo_info(repo).private)
+    except RepositoryNotFoundError:
+        return None
+
+
+@contextmanager
+def _without_token(token: str, repo: str) -> Iterator[None]:
+    """Turn errors of the Hub into one line that does not hold the token, nor the errors that do."""
+    try:
+        yield
+    except Exception as error:  # of the client for HTTP, which differs between versions, and of the storage's library
+        reason = redact(f"{type(error).__name__}: {error}", token)
+    else:
+        return
+    # outside of `except`: the error that is handled there would be shown with this one
+    raise OSError(f"{repo}: {reason}; the same command goes on where it was")
+
+
+def redact(text: str, token: str) -> str:
+    """A text without the token, nor anything that looks like one."""
+    return _TOKEN.sub("hf_…", text.replace(token, "hf_…"))

@@ -5,11 +5,14 @@ from typing import Annotated
 
 import typer
 
+_MOST_NAMED = 5  # files that hold no results
+
 Runs = Annotated[
     list[Path],
     typer.Argument(metavar="RUN...", help="Folders or JSON files: results of eval, race, train and check, mixed."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder for report.html and its pictures.")]
+
 Title = Annotated[str, typer.Option(help="Heading of the page; by default what is in it.")]
 
 
@@ -22,8 +25,10 @@ def report(runs: Runs, out: Out, title: Title = "") -> None:
 
     made = make_report(runs)
     page, pictures = write_report(made, out, title)
-    for name in made.ignored:
-        typer.echo(f"left out: {name} holds no results")
+    if made.ignored:
+        more = len(made.ignored) - _MOST_NAMED
+        named = ", ".join(made.ignored[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+        typer.echo(f"left out, since they hold no results: {named}")
     kinds = [source.kind for source in made.sources]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     typer.echo(f"read {len(kinds)} file{'s' * (len(kinds) != 1)}: {counts}")

@@ -131,7 +131,7 @@ def render(report: Report, title: str = "", pictures: bool = False) -> str:
         folder.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js", "page.jinja")
     )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.globals |= {"draw": _draw, "swatch": lambda index: Markup(svg.swatch(index))}
+    environment.globals |= {"draw": _draw, "swatch": lambda index, line: Markup(svg.swatch(index, line))}
     charts = report.charts
     idents = {id(chart): f"chart-{number}" for number, chart in enumerate(charts, start=1)}
     names = {id(chart): name for chart, name in zip(charts, picture_names(charts), strict=True) if pictures}

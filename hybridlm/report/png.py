@@ -43,6 +43,7 @@ def _lines(chart: LineChart, axes: Axes) -> None:
             [point.x for point in series.points], [point.y for point in series.points],
             yerr=errors if any(errors) else None, label=_literal(series.name).lstrip("_") or "?",
             color=_COLOURS[index % 8], marker=None if dense else _MARKERS[index % 4], markersize=4.5, capsize=2,
+            markerfacecolor="white" if index >= 8 else None,
             linestyle="none" if not series.line else "-" if index < 8 else "--", linewidth=1.4,
         )  # fmt: skip
     for label, level in chart.rules:

@@ -86,6 +86,13 @@ def _table(source: Source, arms: dict[str, Node], chance: float) -> Table:
         )
     titles = ["arm", "about", "parameters", "state bytes", "FLOPs / token", "seeds"]
     note = f"Chance is {chance:.4g}." + (" Steps by seed; –: not reached." if to else "")
+    own = [
+        f"{name} at its step {score['own_step'].number():,.0f} for {step}"
+        for name, arm in arms.items()
+        for step, score in arm["at"].items()
+        if "own_step" in score
+    ]
+    note += f" Arms that do not take as many steps are read at their own: {', '.join(own)}." if own else ""
     accuracy = [f"at step {step}" for step in steps]
     return Table("Arms and accuracy", [*titles, *accuracy, *to], rows, [source.number], note)
 
@@ -155,4 +162,6 @@ def _length_table(source: Source, arms: dict[str, Node], chance: float) -> Table
         cells = [_score(scores[length], chance).cell if length in scores else Cell(NONE) for length in lengths]
         rows.append([Cell(name), *cells])
     titles = ["arm", *(f"{float(length):,.0f} tokens" for length in lengths)]
-    return Table("Accuracy by length", titles, rows, [source.number], f"Chance is {chance:.4g}.")
+    chances = {_score(score, chance).chance for arm in arms.values() for _, score in _by_length(arm)}
+    note = f"Chance is {' to '.join(f'{value:.4g}' for value in sorted({min(chances), max(chances)}))}."
+    return Table("Accuracy by length", titles, rows, [source.number], note)

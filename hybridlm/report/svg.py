@@ -28,11 +28,12 @@ def draw(chart: Chart, ident: str) -> str:
     return ET.tostring(root, encoding="unicode", short_empty_elements=True)
 
 
-def swatch(index: int) -> str:
-    """The mark of a series in the legend."""
+def swatch(index: int, line: bool = True) -> str:
+    """The mark of a series in the legend, with a piece of its line if it has one."""
     root = ET.Element("svg", {"class": "swatch", "viewBox": "0 0 28 12", "width": "28", "height": "12"})
     root.set("aria-hidden", "true")
-    _add(root, "line", f"line {_look(index)}", x1=1, y1=6, x2=27, y2=6)
+    if line:
+        _add(root, "line", f"line {_look(index)}", x1=1, y1=6, x2=27, y2=6)
     _marker(root, index, 14, 6)
     return ET.tostring(root, encoding="unicode")
 

@@ -74,7 +74,7 @@ PART_TESTS = (
 
 
 def mixers():
-    """The mixers by the names of their variants: every registered one, attention without and with a window."""
+    """The mixers by the names of their variants: every registered one, attention with a window or a convolution."""
     from test_contract_models import BASES
 
     return list(BASES)
@@ -84,12 +84,15 @@ def mutants(mixer):
     """The cells of a mixer: `(mixer, guard)`, where a guard may name a half: `"initial_state/convolution"`."""
     from variants import MIXER_VARIANTS, build
 
-    halves = hasattr(build([(MIXER_VARIANTS[mixer], None)]).model.layers[0].mixer, "conv1d")
+    part = build([(MIXER_VARIANTS[mixer], None)]).model.layers[0].mixer
+    halves = () if getattr(part, "conv1d", None) is None else HALVES
+    if hasattr(part, "window"):  # attention without its convolution has cells of its own
+        halves = halves[:1]
     cells = []
     for guard in GUARDS:
         cells.append((mixer, guard))
-        if halves and guard != "state_rollback":
-            cells += [(mixer, f"{guard}/{half}") for half in HALVES]
+        if guard != "state_rollback":
+            cells += [(mixer, f"{guard}/{half}") for half in halves]
     return cells + [cell for cell in OWN_GUARDS if cell[0] == mixer]
 
 
@@ -101,8 +104,6 @@ def without_borders(sequence):
 
 def with_pads_as_tokens(sequence, state, half):
     """The call with its pads taken for tokens."""
-    if half == "convolution":
-        return replace(sequence, lengths=None, memo={})
     if half == "recurrence":
         return replace(sequence, token_mask=None, memo={})
     sequence = replace(sequence, lengths=None, token_mask=None, memo={})
@@ -117,6 +118,9 @@ def without_state(state, half):
     """No state, or one with a half of it set to zero."""
     if half is None or state is None:
         return None
+    if hasattr(state, "append"):  # beside the keys
+        state.convolution.state = without_state(state.convolution.state, half)
+        return state
     name = {"convolution": "conv_states", "recurrence": "recurrent_states"}[half]
     return replace(state, **{name: getattr(state, name) * 0})
 
@@ -135,6 +139,8 @@ def break_forward(mixer, guard, half):
             return forward(self, hidden_states, state, sequence)
         if guard == "initial_state":
             state = without_state(state, half)
+        elif guard == "pad_identity" and half == "convolution":
+            break_convolution(self, sequence.starts, None)
         elif guard == "pad_identity":
             sequence = with_pads_as_tokens(sequence, state, half)
         elif half is None:
@@ -252,14 +258,15 @@ def break_bound(guard):
     owner.__init__ = without
 
 
+def break_convolution(part, starts, lengths):
+    """Let the convolution see these borders and lengths, whatever the call says."""
+    convolve = type(part.conv1d).forward
+    part.conv1d.forward = lambda inputs, tail=None, *_: convolve(part.conv1d, inputs, tail, starts, lengths)
+
+
 def break_border(part, sequence, half):
     """Let documents run into one another in one half of a mixer."""
-    convolve, starts = type(part.conv1d).forward, None if half == "convolution" else sequence.starts
-
-    def convolve_with(inputs, tail=None, _=None, lengths=None):
-        return convolve(part.conv1d, inputs, tail, starts, lengths)
-
-    part.conv1d.forward = convolve_with
+    break_convolution(part, None if half == "convolution" else sequence.starts, sequence.lengths)
     return sequence if half == "convolution" else without_borders(sequence)
 
 
@@ -276,7 +283,8 @@ def break_rollback(mixer):
     run = RecurrentEntry.run
 
     def broken(self, module, hidden_states, sequence):
-        if isinstance(module, part) and getattr(module, "window", None) == window:
+        module_of = getattr(module, "__self__", module)  # a method of attention, where it convolves
+        if isinstance(module_of, part) and getattr(module_of, "window", None) == window:
             self.stale = False
         return run(self, module, hidden_states, sequence)
 

@@ -4,7 +4,7 @@ from functools import lru_cache
 from itertools import cycle, product
 
 import torch
-from variants import ATTENTION, CHANNEL_VARIANTS, MAMBA, MAMBA2, WINDOW, build, pairwise, small
+from variants import CHANNEL_VARIANTS, CONVOLVED, MAMBA, MAMBA2, WINDOW, build, pairwise, small
 
 from hybridlm import CHANNEL_MIXERS, MIXERS
 from hybridlm.modeling.registry import RESIDUALS, SPANS
@@ -12,7 +12,7 @@ from hybridlm.testing import Subject
 
 MOD = {"name": "mixture_of_depths", "capacity": 0.4}
 MERGING = {"name": "token_merging", "loss_coef": 0.5}
-STACK = [(MAMBA, small("mlp")), (ATTENTION, CHANNEL_VARIANTS["moe-losses"]), (MAMBA2, None), (WINDOW, small("swiglu"))]
+STACK = [(MAMBA, small("mlp")), (CONVOLVED, CHANNEL_VARIANTS["moe-losses"]), (MAMBA2, None), (WINDOW, small("swiglu"))]
 RECURRENT = [(MAMBA, small("mlp")), (MAMBA2, None), (MAMBA, small("swiglu")), (MAMBA2, None)]
 MIDDLE = {"start": 1, "stop": 3}
 
@@ -67,7 +67,7 @@ SPAN_PAIRS = {"-".join(str(value) for value in row.values()): row for row in pai
 
 @lru_cache(maxsize=4)
 def span_subject(name, dtype=torch.float64):
-    """Mamba, attention with experts, Mamba-2 and windowed attention, with the spans of an entry."""
+    """Mamba, convolved attention with experts, Mamba-2 and windowed attention, with the spans of an entry."""
     return Subject(build(STACK, spans=SPAN_VARIANTS[name]).to(dtype))
 
 

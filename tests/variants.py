@@ -14,6 +14,7 @@ VOCAB_SIZE = 31
 ROPE = {"name": "rope", "theta": 100.0}
 ATTENTION = {"name": "attention", "num_heads": 4, "num_kv_heads": 2, "position": ROPE}
 WINDOW = ATTENTION | {"window": 5}
+CONVOLVED = ATTENTION | {"conv_kernel": 3}
 MAMBA = {"name": "mamba", "state_size": 4}
 MAMBA2 = {"name": "mamba2", "state_size": 4, "head_dim": 8, "chunk_size": 4}
 # a learning rate far above the stable one, so that 37 tokens leave a memory that matters
@@ -25,6 +26,7 @@ XL = {"name": "transformer_xl", "num_heads": 4, "segment_size": 4, "memory_size"
 # gentler where attention feeds the memory, or the memory attention: rounding to bfloat16 must not grow
 NESTED = {key: value for key, value in MEMORY.items() if key != "chunk_size"} | {"max_learning_rate": 2.0}
 MAC = ATTENTION | {"name": "titans_mac", "segment_size": 4, "num_persistent": 2, "memory": NESTED}
+MAC |= {"attention_residual": False}  # so that what the memory says is not small beside the token itself
 MAG = WINDOW | {"name": "titans_mag", "num_persistent": 2}
 MAG |= {"memory": MEMORY | {"chunk_size": 4, "max_learning_rate": 8.0}}
 MAL = MAG | {"name": "titans_mal"}
@@ -74,6 +76,11 @@ MIXER_VARIANTS = {
     "attention-everything": WINDOW
     | {"num_sinks": 2, "qk_norm": True, "output_gate": True, "logit_softcap": 3.0, "learned_sinks": True}
     | {"qkv_bias": True, "out_bias": True},
+    "attention-convolution": CONVOLVED,
+    "attention-convolution_and_norms": ATTENTION
+    | {"conv_kernel": 4, "qk_norm": True, "qkv_bias": True, "num_kv_heads": 1, "position": {"name": "none"}},
+    "attention-window_and_convolution": WINDOW | {"conv_kernel": 4, "num_sinks": 1},
+    "attention-window_of_two_and_convolution": WINDOW | {"conv_kernel": 2, "window": 2, "num_kv_heads": 4},
     "attention-rope_partial": ATTENTION | {"position": ROPE | {"partial_rotary_factor": 0.5}},
     "attention-rope_linear": rope(rope_type="linear", factor=4.0),
     "attention-rope_yarn": rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
@@ -125,6 +132,7 @@ MIXER_VARIANTS = {
     | {"segment_size": 1, "position": {"name": "none"}, "memory": NESTED | {"max_learning_rate": 1.2}},
     "titans_mac-nothing_persistent": MAC
     | {"num_persistent": 0, "qk_norm": True, "head_dim": 6, "segment_size": 4, "num_kv_heads": 4},
+    "titans_mac-residual": MAC | {"attention_residual": True},
     "titans_mag-atlas": MAG | {"memory": MEMORY | {"omega_window": 2, "optimizer": "muon", "max_learning_rate": 2.0}},
     "titans_mag-nothing_persistent": MAG | {"num_persistent": 0, "qk_norm": True, "head_dim": 6},
     "titans_mag-detached": MAG | {"memory": MAG["memory"] | {"chunk_size": 5, "detach_memory": True}, "window": 2},
@@ -315,10 +323,10 @@ PAIRWISE = {"-".join(str(value) for value in row.values()): row for row in pairw
 
 @lru_cache(maxsize=4)
 def pairwise_subject(name):
-    """A mixer with a channel mixer, two others, and attention with a position."""
+    """A mixer with a channel mixer, two others, and attention with a position and a convolution."""
     row = PAIRWISE[name]
     channel = None if row["channel"] == "none" else CHANNEL_VARIANTS[row["channel"]]
-    last = ATTENTION | {"position": POSITIONS[row["position"]]}
+    last = CONVOLVED | {"position": POSITIONS[row["position"]]}
     layers = [(MIXER_VARIANTS[row[f"mixer {i}"]], channel if i == 1 else None) for i in (1, 2, 3)] + [(last, None)]
     return Subject(
         build(

@@ -80,10 +80,10 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights(self.config.initializer_range)
+        elif isinstance(module, nn.Embedding) and self.config.embedding_std is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.embedding_std)
         else:
             super()._init_weights(module)
-        if isinstance(module, nn.Embedding) and self.config.embedding_std is not None:
-            init.normal_(module.weight, mean=0.0, std=self.config.embedding_std)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:

@@ -46,9 +46,12 @@ def leaky_config():
 
 
 def everything_config():
-    """The preset with experts, streams and nested spans, drawn wide."""
+    """The preset with experts, streams and nested spans, with convolutions in its attention, drawn wide."""
     config = load_config("tiny_everything")
-    config.initializer_range = 0.3
+    config.initializer_range, config.embedding_std = 0.3, 0.6
+    for recipe in config.layer_specs.values():
+        if recipe["mixer"]["name"] == "attention":
+            recipe["mixer"]["conv_kernel"] = 3
     return config
 
 

@@ -238,6 +238,7 @@ def hybrid(tmp_path, twin="llama", **changes):
 @pytest.mark.parametrize(
     ("changes", "paths"),
     [
+        ({"mixer__conv_kernel": 4}, ["layer_specs.attention_swiglu.mixer.conv_kernel is 4, llama has None"]),
         ({"mixer__qk_norm": True}, ["layer_specs.attention_swiglu.mixer.qk_norm is True, llama has False"]),
         ({"embedding_multiplier": 2.0}, ["embedding_multiplier is 2.0, llama has 1.0"]),
         (

@@ -150,3 +150,21 @@ def test_a_recipe_may_have_a_norm_of_its_own():
     assert type(other.mixer_norm).__name__ == "RMSNorm"
     assert other.mixer_post_norm is None
     assert model.config.layer_specs["a"]["norm"]["eps"] == 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_may_start_at_a_scale_of_its_own(tied, tmp_path):
+    def start(**fields):
+        torch.manual_seed(0)
+        config = HybridLMConfig(vocab_size=500, hidden_size=64, tie_word_embeddings=tied, **fields)
+        return HybridLMForCausalLM(config)
+
+    plain, wide = start(), start(embedding_std=0.4)
+    stds = [[m.weight.std().item() for m in (model.model.embed_tokens, model.lm_head)] for model in (plain, wide)]
+    assert stds[0] == pytest.approx([0.02, 0.02], rel=0.05)
+    assert stds[1] == pytest.approx([0.4, 0.4 if tied else 0.02], rel=0.05)
+    for name, parameter in plain.model.layers.named_parameters():
+        assert torch.equal(parameter, wide.model.layers.get_parameter(name)), name
+    wide.save_pretrained(tmp_path)
+    assert HybridLMConfig.from_pretrained(tmp_path).embedding_std == 0.4
+    assert "embedding_std" in (tmp_path / "config.json").read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ SLOW = {"compiled_decode", "long_input"}  # run apart, on fewer models
 # bigger cases of these run apart
 THOROUGH = [name for name in CHECKS if name not in SLOW]
 FORGETFUL = "attention-window_of_one"
-BASES = [*MIXERS, "attention-window_and_sinks"]
+BASES = [*MIXERS, "attention-window_and_sinks", "attention-convolution"]
 
 # what an option of a mixer, of a channel mixer, of the structure, or a pair of parts could break
 MIXER_CHECKS = [

@@ -29,11 +29,15 @@ MIXER_OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=[*TINY, *(f"{name}, convolved" for name in ("tiny_llama", "tiny_samba"))])
 def built(request):
-    """A preset's config and its model, attention through the eager path that the FLOP counter sees."""
+    """A preset's config, as it is or with convolutions in its attention, and its model."""
     torch.manual_seed(0)
-    config = presets.load_config(request.param)
+    name, *convolved = request.param.split(", ")
+    config = presets.load_config(name)
+    for recipe in config.layer_specs.values():
+        if convolved and recipe["mixer"]["name"] == "attention":
+            recipe["mixer"]["conv_kernel"] = 3
     return config, HybridLMForCausalLM(config).eval()
 
 

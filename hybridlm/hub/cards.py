@@ -265,7 +265,7 @@ def _fill(template: str, context: Mapping[str, Any], figures: list[Figure]) -> s
     environment.filters |= {form: partial(_formed, form) for form in FORMS}
     try:
         return environment.from_string(template).render(context)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # a view takes part in no arithmetic
         raise CardError(f"the template does not fit: {error}") from error
 
 

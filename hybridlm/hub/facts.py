@@ -4,6 +4,7 @@ They are words alone. A measured number belongs into a result file, so a digit i
 arXiv id, a year, or a name that the file lists.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -31,6 +32,7 @@ _FIELDS = {
     "data": str,
     "names": list,
 }
+_SHAPE = ("layer_specs", "layer_layout", "spans", "residual", "hidden_size")
 _OPTIONAL = ("base_model", "language", "names", "license")
 
 
@@ -111,9 +113,14 @@ def _refuse_numbers(text: str, names: list[str], where: str, is_license: bool) -
 
 def facts_of_config(config: dict[str, Any]) -> str:
     """Name of the facts that fit a config: those of the preset that it equals in its layers, or the generic ones."""
-    parts = ("layer_specs", "layer_layout", "spans", "residual", "hidden_size")
-    for name in presets.preset_names():
-        preset = json.loads(presets.find_config(name).read_text(encoding="utf-8"))
-        if all(preset.get(part) == config.get(part) for part in parts):
-            return name
-    return GENERIC
+    shape = {part: config.get(part) for part in _SHAPE}
+    return next((name for name, preset in _presets().items() if preset == shape), GENERIC)
+
+
+@functools.cache
+def _presets() -> dict[str, dict[str, Any]]:
+    """What tells the presets apart, by name."""
+    configs = {
+        name: json.loads(presets.find_config(name).read_text(encoding="utf-8")) for name in presets.preset_names()
+    }
+    return {name: {part: config.get(part) for part in _SHAPE} for name, config in configs.items()}

@@ -243,9 +243,7 @@ def test_a_needle_map_has_a_cell_for_each_depth_and_length(everything):
 
 
 def test_a_needle_that_was_not_measured_at_a_depth_leaves_its_cell_empty(tmp_path):
-    data = eval_file() | {
-        "cells": [needle(256, score(0.9), {0.0: 1.0}), needle(512, score(0.9), {0.0: 1.0, 0.5: 0.5})]
-    }
+    data = eval_file() | {"cells": [needle(256, score(0.9), {0.0: 1.0}), needle(512, score(0.9), {0.0: 1.0, 0.5: 0.5})]}
     (found,) = [c for c in make_report([write(tmp_path / "x.json", data)]).charts if isinstance(c, HeatMap)]
     assert found.values == [[1.0, 1.0], [None, 0.5]]
     assert "no document" in draw(found, "x")
@@ -262,7 +260,11 @@ def test_bits_per_byte_are_drawn_against_length_and_position(everything):
 
 def test_a_race_is_drawn_against_steps_state_and_length(everything):
     steps = chart(everything, "Accuracy against steps")
-    assert [(p.x, p.y, p.error) for p in steps.series[0].points] == [(0, 0.06, None), (100, 0.495, 0.02), (200, 0.99, 0.01)]
+    assert [(p.x, p.y, p.error) for p in steps.series[0].points] == [
+        (0, 0.06, None),
+        (100, 0.495, 0.02),
+        (200, 0.99, 0.01),
+    ]
     assert steps.rules == [("chance", 0.0625)]
     state = chart(everything, "Accuracy against state bytes")
     assert [(s.name, s.points[0].x, s.points[0].y) for s in state.series] == [
@@ -318,7 +320,9 @@ def test_a_chart_is_told_in_words_and_its_numbers_in_a_table(everything, page):
     for svg in [element for element in page.all("svg") if "aria-hidden" not in element]:
         assert svg["role"] == "img"
         ids = svg["aria-labelledby"].split()
-        assert all([element for element in page.found if element.get("id") == ident and element["text"]] for ident in ids)
+        assert all(
+            [element for element in page.found if element.get("id") == ident and element["text"]] for ident in ids
+        )
 
 
 def test_a_long_curve_is_thinned_in_its_table_and_says_so():

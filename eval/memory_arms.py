@@ -161,7 +161,8 @@ ARMS = {
     ),
     "lmm-alone": Arm("lmm without the window", _memory, with_window=False, control_of="lmm", is_memory=True),
 }
-DEFAULT_ARMS = list(ARMS)
+ON_REQUEST = ("lmm-gated", "mac-bare")  # what the two choices are worth; LOG.md has the answers
+DEFAULT_ARMS = [arm for arm in ARMS if arm not in ON_REQUEST]
 QUICK_ARMS = ["window", "lmm", "lmm-frozen"]
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ _WIDTH = 160  # where there is no terminal: rich would cut a table to 80 columns
 
 Model = Annotated[Path, typer.Argument(help="Model folder with its tokenizer: ours or transformers'.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; a run that was stopped goes on there.")]
+Name = Annotated[str, typer.Option(help="What results call the model; by default its folder's name.")]
 Suite = Annotated[str, typer.Option(help="recall, ruler, babi, length or all.")]
 Lengths = Annotated[str, typer.Option(help="Tokens of a prompt with its answer, '256,512'; by default up to 1024.")]
 Beyond = Annotated[int, typer.Option(help="Allow lengths of this many times the length trained for.")]
@@ -32,6 +34,7 @@ def evaluate(
     model: Model,
     out: Out,
     suite: Suite = "all",
+    name: Name = "",
     lengths: Lengths = "",
     beyond: Beyond = 1,
     samples: Samples = 32,
@@ -75,6 +78,7 @@ def evaluate(
     writable_folder(out)
     with quiet():
         found = load(model, dtype=dtype, device=device or None, trust_remote_code=trust_remote_code)
+        found = replace(found, name=name or found.name)
         with _progress(found.name) as progress:
             results = run(found, settings, out, progress)
     write_whole(out / f"{suite}.md", markdown(results))

@@ -1,0 +1,5 @@
+"""`python -m hybridlm` is `hybridlm`."""
+
+from hybridlm.cli import app
+
+app()

@@ -335,12 +335,15 @@ def _shorten(race: Race, seeds: int | None) -> Race:
     def moved(step: int | None) -> int | None:
         return None if step is None else max(1, round(step * steps / race.training.steps))
 
+    # numbers of few steps cannot be matched closely
+    match = race.match and replace(race.match, tolerance=max(race.match.tolerance, 1 / steps))
     demands = [replace(demand, step=moved(demand.step)) for demand in race.ordering.demands]
     return replace(
         race,
         training=replace(race.training, steps=steps, warmup_steps=min(race.training.warmup_steps, steps // 4)),
         reading=replace(race.reading, steps=[moved(step) for step in race.reading.steps], every=steps, rows=QUICK_ROWS),
         ordering=replace(race.ordering, demands=demands),
+        match=match,
         seeds=1 if seeds is None else seeds,
         quick=True,
     )

@@ -22,13 +22,15 @@ from hybridlm.evaluation.suites import text_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TASKS = ("passkey", "niah_single_1", "niah_single_2")
+TASKS = ("copying", "ngram_lookup", "passkey", "niah_single_1", "niah_single_2")
 LENGTH = 384
 NUM_TEXTS = 3000
 SEED_OF_TEXTS = 1000  # the scored documents have seed 0
 
 MAMBA2 = {"name": "mamba2", "state_size": 16, "head_dim": 16}
-ATTENTION = {"name": "attention", "num_heads": 4, "num_kv_heads": 4, "position": {"name": "none"}}
+ATTENTION = {
+    "name": "attention", "num_heads": 4, "num_kv_heads": 4, "conv_kernel": 4, "position": {"name": "none"},
+}  # fmt: skip
 EXPERTS = {
     "name": "moe", "num_experts": 4, "top_k": 2, "intermediate_size": 64, "scores": "sigmoid", "selection_bias": True,
 }  # fmt: skip
@@ -148,7 +150,9 @@ def main() -> None:
         if not (folder / "results.json").exists():
             train(name, work / "texts", folder, options.steps)
     for name in MODELS:
-        score(work / name / "model", work / name / "eval")
+        model = work / "models" / f"needle-{name}"  # results name a model after its folder
+        shutil.copytree(work / name / "model", model, dirs_exist_ok=True)
+        score(model, work / name / "eval")
     run("report", *(work / name for name in MODELS), *options.more, "--out", work / "report", "--title", TITLE)
     take_pictures(work / "report" / "report.html")
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 import hybridlm
 
-from . import checks, comparisons, evals, races, svg, trainings
+from . import checks, comparisons, curves, evals, races, svg, trainings
 from .blocks import NONE, Cell, Grid, Section, Table, Words, count
 from .charts import Chart, HeatMap, LineChart
 from .evals import Scored
@@ -66,6 +66,7 @@ def make_report(runs: Sequence[str | Path]) -> Report:
     sections = [
         *([Section("models", "Models", [_models(scored)])] if scored else []),
         *evals.sections(scored),
+        *curves.sections(scored),
         *races.sections(of_kind.get("race", [])),
         *trainings.sections(trainings.gather(of_kind.get("training", []))),
         *comparisons.sections(of_kind.get("isoflop", []) + of_kind.get("memory", [])),

@@ -58,7 +58,7 @@ def set_width(driver, width):
 
 
 def score_table(driver):
-    return driver.find_element("css selector", "#scores table.sortable")
+    return driver.find_element("xpath", "//figure[figcaption='Scores by likelihood']//table")
 
 
 def heads(table):

@@ -106,6 +106,19 @@ def test_models_stand_side_by_side_with_standard_errors_chance_and_gold(everythi
     assert table(everything, "Bits per byte by window")[0][4:] == ["1.500 ± 0.020", "1.700 ± 0.020"]
 
 
+def test_tasks_above_chance_are_counted_by_suite_and_length(everything):
+    assert table(everything, "Tasks above chance") == [
+        ["Recall", "256", "1 of 1", "1 of 1"],
+        ["Recall", "1,024", "0 of 1", "0 of 1"],
+    ]
+
+
+def test_a_chance_that_is_next_to_nothing_is_told_so(tmp_path):
+    data = eval_file() | {"cells": [needle(256, score(0.9, chance=1e-51), {})]}
+    row = table(make_report([write(tmp_path / "x.json", data)]), "Scores by likelihood")[0]
+    assert row[3] == "< 0.0001"
+
+
 def test_a_score_at_chance_says_so(everything):
     row = table(everything, "Scores by likelihood")[1]
     assert row[:2] == ["passkey", "1,024*"]

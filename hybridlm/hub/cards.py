@@ -53,7 +53,9 @@ class Bundle:
 
     def sources(self) -> dict[str, Source]:
         """The JSON files, by path."""
-        return {path: Source(path, json.loads(data)) for path, data in self.files.items() if path.endswith(".json")}
+        return {
+            path: Source(path, json.loads(data)) for path, data in sorted(self.files.items()) if path.endswith(".json")
+        }
 
     def all_hashes(self) -> dict[str, str]:
         """SHA-256 of all files, by path."""

@@ -6,6 +6,7 @@ figure after figure: whatever digit is left over has no source.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,12 +237,13 @@ def has_digit(text: str) -> bool:
     return any(char.isnumeric() for char in text)
 
 
-def unbacked(text: str, figures: Sequence[tuple[str, str]]) -> str | None:
+def unbacked(text: str, figures: Sequence[tuple[str, str]], first_line: int = 1) -> str | None:
     """Read a text again: every digit must be part of the next figure.
 
     Args:
         text: Of a card, without its metadata.
         figures: Printed text and place of every figure, in order.
+        first_line: Number of the text's first line in its file.
 
     Returns:
         The first thing that is wrong, `None` if nothing is.
@@ -251,15 +253,26 @@ def unbacked(text: str, figures: Sequence[tuple[str, str]]) -> str | None:
         found = text.find(expected, position)
         stray = _first_digit(text, position, len(text) if found < 0 else found)
         if stray is not None:
-            return f"{_where(text, stray)} stands where {_shown(expected)} of {place} is expected"
+            start, shown = _difference(text, position, stray, expected) if found < 0 else (stray, expected)
+            return f"{_where(text, start, first_line)} stands where {_shown(shown)} of {place} is expected"
         if found < 0:
             return f"{_shown(expected)} of {place} is missing"
         end = found + len(expected)
         if _is_changed(text, found, end):
-            return f"{_where(text, found)} is more than {_shown(expected)} of {place}"
+            return f"{_where(text, found, first_line)} is more than {_shown(expected)} of {place}"
         position = end
     stray = _first_digit(text, position, len(text))
-    return None if stray is None else f"{_where(text, stray)} has no source"
+    return None if stray is None else f"{_where(text, stray, first_line)} has no source"
+
+
+def _difference(text: str, position: int, stray: int, expected: str) -> tuple[int, str]:
+    """Where a text leaves a long figure that it begins, and what the figure has there; else the stray digit and all."""
+    start = text.rfind(expected[:4], position, stray + 4)
+    if len(expected) <= 12 or start < 0:
+        return stray, expected
+    same = next(n for n in range(len(expected) + 1) if text[start : start + n + 1] != expected[: n + 1])
+    word = max(expected.rfind(space, 0, same) for space in " \n|") + 1
+    return start + same, re.split(r"[ \n|]", expected[word:], maxsplit=1)[0] or expected
 
 
 def _is_changed(text: str, start: int, end: int) -> bool:
@@ -274,11 +287,11 @@ def _first_digit(text: str, start: int, stop: int) -> int | None:
     return next((place for place in range(start, stop) if text[place].isnumeric()), None)
 
 
-def _where(text: str, position: int) -> str:
+def _where(text: str, position: int, first_line: int) -> str:
     """Line and word at a position."""
     start = max(text.rfind(space, 0, position) for space in " \n|") + 1
     end = min(place for space in " \n|" if (place := (text + "\n").find(space, position)) >= 0)
-    return f"line {text.count(chr(10), 0, position) + 1}: {_shown(text[start:end])}"
+    return f"line {text.count(chr(10), 0, position) + first_line}: {_shown(text[start:end])}"
 
 
 def _shown(text: str) -> str:

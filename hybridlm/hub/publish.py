@@ -6,10 +6,10 @@ in the folder, and is gone from version 2.)
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -106,20 +106,20 @@ def upload(
     if token is None:
         raise ValueError("no token: `hf auth login` stores one, or set HF_TOKEN")
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
-    with _without_token(token, repo):
-        known_private = _visibility(api, repo)
+    known_private = _quietly(token, repo, lambda: _visibility(api, repo))
     if private and known_private is False:
         raise ValueError(f"--private: {repo} exists and is public; make it private first, or leave the option out")
-    with _without_token(token, repo):
+
+    def send() -> str:
         if known_private is None:
             api.create_repo(repo, private=private, exist_ok=True)
             said(f"made the {'private' if private else 'public'} repository {repo}")
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, commit_message="Upload with hybridlm publish"
-        )
-    return commit.commit_url
+        message = "Upload with hybridlm publish"
+        return api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message=message).commit_url
+
+    return _quietly(token, repo, send)
 
 
 def _visibility(api: HfApi, repo: str) -> bool | None:
@@ -130,16 +130,17 @@ def _visibility(api: HfApi, repo: str) -> bool | None:
         return None
 
 
-@contextmanager
-def _without_token(token: str, repo: str) -> Iterator[None]:
-    """Turn errors of the Hub into one line that does not hold the token, nor the errors that do."""
+def _quietly(token: str, repo: str, call: Callable[[], Any]) -> Any:
+    """Call the Hub; an error becomes one line that does not hold the token, and keeps no error that may.
+
+    Raises:
+        OSError: The Hub cannot be reached or refuses.
+    """
     try:
-        yield
+        return call()
     except Exception as error:  # of the client for HTTP, which differs between versions, and of the storage's library
-        reason = redact(f"{type(error).__name__}: {error}", token)
-    else:
-        return
-    # outside of `except`: the error that is handled there would be shown with this one
+        causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+    reason = redact("; ".join(f"{type(cause).__name__}: {cause}" for cause in causes), token)
     raise OSError(f"{repo}: {reason}; the same command goes on where it was")
 
 

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from hybridlm.data import build_byte_tokenizer, load_documents, pack_documents
+from hybridlm.hub.publish import check_publishable
 from hybridlm.modeling.losses import update_selection_bias
 from hybridlm.training import EpochSampler, build_model, parameter_groups, run, summarize, train
 from hybridlm.training.publish import save_hub_folder
-from hybridlm.training.run_file import ModelOptions
+from hybridlm.training.run_file import ModelOptions, load_run_file
 
 ROOT = Path(__file__).parents[2]
 EXPERTS = {"num_experts": 4, "top_k": 2, "intermediate_size": 16, "selection_bias": True, "load_balancing_coef": 0.01}
@@ -169,6 +170,15 @@ def test_checkpoints_and_published_folder_load_as_remote_code(corpus, tmp_path):
     assert f"{results['heldout'][0]['bits_per_byte']:.4f}" in card
     assert str(tmp_path) not in card
     assert json.loads((tmp_path / "run" / "results.json").read_text())["parameters"] == results["parameters"]
+    assert "mixer_titans_mac.py" not in {path.name for path in folder.iterdir()}
+    assert check_publishable(folder) == []
+    stored = folder / "results"
+    assert str(tmp_path) not in "".join(path.read_text() for path in stored.iterdir())
+    assert load_run_file(stored / "run.yaml").training == run_content(corpus, tmp_path / "run")["training"]
+    record = json.loads((stored / "training.json").read_text())
+    record["heldout"][0]["bits_per_byte"] -= 0.5
+    (stored / "training.json").write_text(json.dumps(record))
+    assert "results/training.json: its hash" in check_publishable(folder)[0]
 
 
 def test_the_leak_of_top_k_stands_beside_the_causal_rule_and_not_on_the_card(corpus, tmp_path):
@@ -181,7 +191,7 @@ def test_the_leak_of_top_k_stands_beside_the_causal_rule_and_not_on_the_card(cor
     assert rules["causal"] == results["heldout"][0]
     assert rules["causal"]["bits_per_byte"] != rules["top_k (leak)"]["bits_per_byte"]
     assert f"rule top_k (leak): {rules['top_k (leak)']['bits_per_byte']:.4f}" in summarize(results)
-    assert all("leak" not in path.read_text() for path in (tmp_path / "run" / "model").glob("*.[jm][sd]*"))
+    assert all("leak" not in path.read_text() for path in (tmp_path / "run" / "model").rglob("*.[jm][sd]*"))
 
 
 def test_reload_check_notices_other_weights(corpus, tmp_path, monkeypatch):
@@ -253,6 +263,8 @@ def test_evaluation_during_training_is_recorded_in_bits_per_byte(corpus, tmp_pat
     [
         ({"data": {"path": "no/such/folder"}}, r"data\.path: 'no/such/folder' does not exist"),
         ({"data": {"length": 10_000_000}}, r"data\.length: 10000000 tokens are more than"),
+        ({"publish": {"name": "my model"}}, r"publish\.name: 'my model': expected NAME or ORG/NAME"),
+        ({"publish": {"facts": "jambo"}}, r"publish\.facts: facts: no 'jambo'"),
         ({"evaluation": {"below_ngram_order": 2}}, r"evaluation\.below_ngram_order: 2 is not among"),
         (
             {"evaluation": {"leaky_top_k": True, "lengths": [8]}},

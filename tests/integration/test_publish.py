@@ -1,0 +1,521 @@
+"""A folder is published only if it does what it says: every lie that was tried is refused with its reason."""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hub_mock import serve
+from huggingface_hub import constants
+from runtime_part import FadingPosition, LeakyMixer
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from hybridlm import MIXERS, HybridLMConfig, HybridLMForCausalLM, presets
+from hybridlm.cli import app
+from hybridlm.data import build_byte_tokenizer
+from hybridlm.evaluation.loading import load
+from hybridlm.evaluation.runner import Settings, evaluate
+from hybridlm.hub import publish as publishing
+from hybridlm.hub.cards import LEDGER, dump
+from hybridlm.hub.folder import prepare
+from hybridlm.hub.golden import GOLDEN, file_hash, read_golden, write_golden
+from hybridlm.hub.prune import prune_code, reachable, used_names
+from hybridlm.hub.publish import check_publishable, upload, uploads
+from hybridlm.hub.safety import pickle_reason, secrets, too_large, unsafe_files
+from hybridlm.hub.verify import load_problems, verify
+from hybridlm.modeling.registry import POSITIONS
+from hybridlm.testing.report import Report, Result, summary_json
+
+TOKEN = "hf_" + "Ab1" * 11
+TINY = [name for name in presets.preset_names() if name.startswith("tiny_")]
+
+
+def build(name, folder):
+    torch.manual_seed(0)
+    HybridLMForCausalLM(presets.load_config(name)).save_pretrained(folder)
+    build_byte_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a card, results of an evaluation and of a check."""
+    root = tmp_path_factory.mktemp("made")
+    build("tiny_llama", root / "tiny")
+    settings = Settings(suite="babi", lengths=(256,), samples=2, generated=0)
+    evaluate(load(root / "tiny", device="cpu"), settings, root / "eval")
+    report = Report("tiny", [Result("chunks", "any split", "logits", "ok", 1e-12, 1e-9)], dtype="fp64", device="cpu")
+    (root / "eval" / "check.json").write_text(summary_json([report], "hybridlm check tiny"))
+    prepare(root / "tiny", [root / "eval"])
+    return root / "tiny"
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "tiny")
+
+
+@pytest.fixture
+def cli():
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def edit(path, old, new, count=1):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, count), encoding="utf-8")
+
+
+def rewrite(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_bytes(dump(data))
+
+
+def rehash(folder, name):
+    """Make the list of figures believe a file that was changed."""
+    digest = file_hash(folder / name)
+    rewrite(folder / LEDGER, lambda ledger: [f.update(sha=digest) for f in ledger["files"] if f["path"] == name])
+
+
+def change_weight(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"][3] += 0.05
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_folder_that_was_prepared_is_published(folder, cli):
+    assert check_publishable(folder) == []
+    said = cli("publish", folder, "--repo", "me/tiny", "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert "dry run: all checks passed, nothing was uploaded" in said.output
+    for path in ("README.md", "config.json", "model.safetensors", GOLDEN, LEDGER, "results/babi.json"):
+        assert f"{file_hash(folder / path)[:16]}  {(folder / path).stat().st_size:>15,}  {path}" in said.output
+    assert cli("verify", folder).exit_code == 0
+
+
+def test_the_card_tells_the_results_and_their_files(folder):
+    card = (folder / "README.md").read_text()
+    assert "### Evaluation, suite babi" in card
+    assert "| `chunks` | any split | ok |" in card
+    assert f"| `results/babi.json` | `{file_hash(folder / 'results/babi.json')}` |" in card
+
+
+def test_preparing_again_changes_nothing(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    prepare(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def card_line(folder, start):
+    return next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith(start))
+
+
+def edit_task_score(folder):
+    line = card_line(folder, "| babi_qa1")
+    edit(folder / "README.md", line, re.sub(r"\d\.\d\d\d ±", "0.975 ±", line, count=1))
+
+
+def add_metric(folder):
+    line = card_line(folder, "| babi_qa1")
+    edit(folder / "README.md", line, f"{line}\n| mine | 256 | 2 | 0.990 ± 0.001 | – | 0.17 | 100 % |")
+
+
+def index_metric(folder):
+    edit(folder / "README.md", "  results:\n", INDEXED)
+
+
+INDEXED = """  results:
+  - task:
+      type: text-generation
+    dataset:
+      type: mine
+      name: mine
+    metrics:
+    - type: accuracy
+      value: 0.99
+"""
+
+
+def forge(folder):
+    """Point a figure of the card elsewhere, and print what stands there."""
+
+    def change(ledger):
+        figure = next(f for f in ledger["figures"] if f[3] == "/total/num_parameters")
+        figure[:] = ["7", "integer", "results/plan.json", "/layers/0/state_bytes"]
+        figure[0] = f"{json.loads((folder / 'results/plan.json').read_text())['layers'][0]['state_bytes']:,}"
+
+    ledger = json.loads((folder / LEDGER).read_text())
+    old = next(f[0] for f in ledger["figures"] if f[3] == "/total/num_parameters")
+    rewrite(folder / LEDGER, change)
+    new = f"{json.loads((folder / 'results/plan.json').read_text())['layers'][0]['state_bytes']:,}"
+    edit(folder / "README.md", old, new)
+
+
+def cheaper_plan(folder):
+    rewrite(folder / "results/plan.json", lambda plan: plan["total"].update(state_bytes=1))
+    rehash(folder, "results/plan.json")
+
+
+def other_model(folder):
+    rewrite(folder / "results/babi.json", lambda found: found["model"].update(hash="0" * 64))
+    rehash(folder, "results/babi.json")
+
+
+def drop_label(folder):
+    edit(folder / "README.md", "at chance (", "(", -1)
+
+
+REFUSED = {
+    "number": (
+        edit_task_score,
+        r"README.md: line \d+: '\(0.975' stands where '\(0.\d+' of results/babi.json#/cells/0 is",
+    ),
+    "metric by hand": (add_metric, r"README.md: line \d+: '256' stands where"),
+    "metric in the index": (index_metric, r"README.md: metadata /model-index/0/results/0/metrics/0/value: 0.99 stands"),
+    "label": (drop_label, r"README.md: .*at chance|line \d+: .* stands where"),
+    "sentence": (
+        lambda f: edit(f / "README.md", "## Limits\n", "## Limits\n\nIt has 99 % of what matters.\n"),
+        r"README.md: line \d+: '99' stands where|'99' has no source",
+    ),
+    "deleted results": (
+        lambda f: (f / "results/babi.json").unlink(),
+        r"results/babi.json: missing, and the card's numbers come from it",
+    ),
+    "deleted list": (lambda f: (f / LEDGER).unlink(), r"results/card.json: missing, so no number of README.md has"),
+    "no card": (lambda f: (f / "README.md").unlink(), "README.md: missing"),
+    "results that the card lacks": (
+        lambda f: shutil.copy(f / "results/babi.json", f / "results/more.json"),
+        "results/more.json: no file that the card names",
+    ),
+    "wrong hash": (
+        lambda f: rewrite(f / "results/babi.json", lambda found: found.update(seconds=1)),
+        r"results/babi.json: its hash [0-9a-f]{12} is not [0-9a-f]{12}, which the card names",
+    ),
+    "figure that points elsewhere": (forge, "its figures are not those that a card of these files has"),
+    "plan of another config": (cheaper_plan, "results/plan.json: is not what the planner says of config.json"),
+    "results of another model": (other_model, r"results/babi.json: of a model with the hash 000000000000"),
+    "changed weight": (change_weight, r"model.safetensors: its hash .* is not .*, stored with the golden logits"),
+    "no golden logits": (lambda f: (f / GOLDEN).unlink(), f"{GOLDEN}: missing"),
+    "pickle": (
+        lambda f: torch.save({"lr": 1.0}, f / "training_args.bin"),
+        r"training_args.bin: a pickle by its name \(.bin\); weights are published as safetensors only",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "there is no"),
+    "metadata": (
+        lambda f: edit(f / "README.md", "pipeline_tag: text-generation\n", ""),
+        "README.md: metadata lack pipeline_tag",
+    ),
+    "secret": (
+        lambda f: (f / "notes.txt").write_text(f"login: {TOKEN}\n"),
+        "notes.txt, line 1: holds a Hugging Face token; remove it and revoke it",
+    ),
+    "hidden file": (lambda f: (f / ".env.txt").write_text("a"), r".env.txt: a hidden file"),
+    "unknown kind": (lambda f: (f / "model.gguf").write_bytes(b"GGUF"), "model.gguf: not a kind of file"),
+    "no text": (lambda f: (f / "merges.txt").write_bytes(b"\xff\xfe\x00a"), "merges.txt: not text"),
+    "torn weights": (lambda f: (f / "x.safetensors").write_bytes(b"1234567890"), "x.safetensors: no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_folder_is_refused_with_the_reason(folder, what):
+    change, reason = REFUSED[what]
+    change(folder)
+    problems = check_publishable(folder, run=False)
+    assert any(re.search(reason, problem) for problem in problems), problems
+
+
+def test_a_refused_folder_ends_the_command_with_the_reason_and_exit_code_1(folder, cli):
+    add_metric(folder)
+    for command in (("publish", folder, "--repo", "me/tiny", "--dry-run"), ("verify", folder)):
+        said = cli(*command)
+        assert said.exit_code == 1
+        assert "refused: README.md: line" in said.output
+
+
+def test_words_may_be_edited(folder):
+    edit(folder / "README.md", "## Intended use\n", "## Intended use\n\nFor everyone who asks.\n")
+    assert check_publishable(folder, run=False) == []
+
+
+def test_a_changed_weight_is_seen_by_its_logits_where_every_hash_was_made_to_fit(folder):
+    golden = read_golden(folder)
+    change_weight(folder)
+    weights = {"model.safetensors": file_hash(folder / "model.safetensors")}
+    tensors = {"input_ids": golden.input_ids, "positions": golden.positions, "logits": golden.logits}
+    said = json.dumps({"tolerance": golden.tolerance, "weights": weights})
+    save_file(tensors, folder / GOLDEN, metadata={"golden": said})
+    rehash(folder, GOLDEN)
+    problems = verify(folder)
+    assert any(problem.startswith(f"{GOLDEN}: the logits differ by") for problem in problems), problems
+    assert any("of a model with the hash" in problem for problem in problems)
+
+
+def test_golden_logits_hold_in_bfloat16_within_its_own_tolerance(folder):
+    assert verify(folder, dtype="bfloat16") == []
+    with pytest.raises(ValueError, match="dtype: 'int8' has no tolerance"):
+        verify(folder, dtype="int8")
+
+
+def test_code_of_a_folder_with_a_pickle_is_never_run(folder):
+    (folder / "registry.py").write_text("raise SystemExit\n")
+    (folder / "a.pkl").write_bytes(pickle.dumps({}))
+    assert verify(folder) == ["a.pkl: a pickle by its name (.pkl); weights are published as safetensors only"]
+
+
+class Loaded:
+    def __reduce__(self):
+        return (print, ("loaded",))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_known_by_its_content(tmp_path, protocol):
+    for number, value in enumerate((Loaded(), {"a": [1, 2]}, [Loaded()] * 3)):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(pickle.dumps(value, protocol))
+        assert pickle_reason(path) == "a pickle by its content", value
+
+
+def test_archives_and_arrays_of_objects_are_pickles_and_plain_arrays_are_none(tmp_path):
+    path = tmp_path / "a.json"
+    torch.save({"a": torch.ones(2)}, path)
+    assert pickle_reason(path) == "a PyTorch archive with a pickle"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert pickle_reason(path) == "a pickle by its content"
+    for array, expected in ((np.array([{}, None]), "a NumPy array of objects, which is a pickle"), (np.ones(3), "")):
+        np.save(tmp_path / "a.npy", array, allow_pickle=True)
+        assert pickle_reason(tmp_path / "a.npy") == expected
+    shutil.make_archive(str(tmp_path / "b"), "gztar", tmp_path, "a.npy")
+    assert "archive" in pickle_reason(tmp_path / "b.tar.gz")
+
+
+def test_no_text_of_this_repository_is_taken_for_a_pickle():
+    root = presets.data_path("configs").parent
+    paths = [path for kind in ("hybridlm/**/*.py", "tests/**/*.py", "*.md", "configs/**/*") for path in root.glob(kind)]
+    paths = [path for path in paths if path.is_file()]
+    assert len(paths) > 100
+    assert not [path for path in paths if path.suffix != ".pyc" and pickle_reason(path)]
+
+
+SECRETS = {
+    "a.py": f'token = "{TOKEN}"',
+    "b.json": json.dumps({"key": "AKIA" + "A1" * 8}),
+    "c.yaml": "aws_secret_access_key: " + "a1B2" * 10,
+    "d.md": "-----BEGIN RSA PRIVATE " + "KEY-----",
+    "e.json": '{"pem": "\\u002d----BEGIN PRIVATE ' + 'KEY-----"}',
+    "f.json": json.dumps({"t": TOKEN}).replace("hf_", "\\u0068f_"),
+    "g.txt": "ghp_" + "a1" * 20,
+}
+
+
+def test_secrets_are_found_in_every_text_and_never_repeated(tmp_path):
+    for name, text in SECRETS.items():
+        (tmp_path / name).write_text(text)
+    save_file({"a": torch.ones(1)}, tmp_path / "h.safetensors", metadata={"by": TOKEN})
+    (tmp_path / "i.txt").write_text("my own one is plain-words")
+    (tmp_path / "j.json").write_text(json.dumps({"vocab": ["hf_", "sk-", "AKIA", "aws secret"]}))
+    found = list(secrets(tmp_path, ["plain-words"]))
+    assert [problem.split(":")[0].split(",")[0] for problem in found] == [*SECRETS, "h.safetensors", "i.txt"]
+    for text in (TOKEN, "plain-words", "AKIA" + "A1" * 8):
+        assert text not in " ".join(found)
+
+
+def test_links_out_of_the_folder_are_refused_and_links_inside_are_not(folder, tmp_path):
+    (tmp_path / "outside.txt").write_text("outside")
+    (folder / "inside.txt").symlink_to(folder / "results" / "run.yaml")
+    (folder / "results" / "run.yaml").write_text("a: b\n")
+    assert list(unsafe_files(folder)) == []
+    (folder / "outside.txt").symlink_to(tmp_path / "outside.txt")
+    assert list(unsafe_files(folder)) == ["outside.txt: a link out of the folder; copy the file instead"]
+
+
+def test_sizes_beyond_the_limits_are_refused_with_the_sum(folder):
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    largest = (folder / "model.safetensors").stat().st_size
+    assert list(too_large(folder, largest, total)) == []
+    problems = list(too_large(folder, largest - 1, total - 1))
+    assert problems[0] == f"model.safetensors: {largest:,} bytes, more than {largest - 1:,}; save smaller shards"
+    assert f"{total:,} bytes in all" in problems[1]
+
+
+def test_a_card_of_results_that_do_not_belong_is_refused(folder, tmp_path, cli):
+    found = json.loads((folder / "results/babi.json").read_text())
+    found["model"]["hash"] = "1" * 64
+    (tmp_path / "other.json").write_text(json.dumps(found))
+    before = (folder / "README.md").read_text()
+    for arguments, reason in (
+        (("--results", tmp_path / "other.json"), "other.json: of a model with the hash 111111111111"),
+        (("--results", tmp_path / "nowhere"), "nowhere does not exist"),
+        (("--results", folder), "holds no results of eval, check, race, training"),
+        (("--facts", "jambo"), "facts: no 'jambo'"),
+        (("--name", "my model"), "--name: 'my model': expected NAME or ORG/NAME"),
+    ):
+        said = cli("card", folder, *arguments)
+        assert said.exit_code == 2, said.output
+        assert reason in said.output
+        assert (folder / "README.md").read_text() == before
+
+
+def test_the_card_of_a_preset_is_printed(cli, tmp_path):
+    said = cli("card", "jamba")
+    assert said.exit_code == 0, said.output
+    assert "# jamba" in said.output
+    assert "Nothing has been measured." in said.output
+    assert cli("card", "tiny_jamba", "--out", tmp_path / "card.md").exit_code == 0
+    assert "tiny sibling" in (tmp_path / "card.md").read_text()
+
+
+@pytest.mark.parametrize("repo", ["tiny", "a/b/c", "me/my model", "me/-x"])
+def test_what_is_no_repository_is_refused_before_anything_is_checked(cli, repo, tmp_path):
+    said = cli("publish", tmp_path, "--repo", repo, "--dry-run")
+    assert said.exit_code == 2
+    assert "--repo" in said.output
+
+
+def test_pruned_code_is_what_the_config_uses_and_a_part_of_the_users_stays(tmp_path):
+    MIXERS["leaky"], POSITIONS["fading"] = LeakyMixer, FadingPosition
+    try:
+        specs = {"a": {"mixer": {"name": "leaky"}, "channel_mixer": {"name": "mlp"}}}
+        config = HybridLMConfig(layer_specs=specs, num_hidden_layers=1, hidden_size=32, vocab_size=48)
+        model = HybridLMForCausalLM(config).eval()
+        model.save_pretrained(tmp_path / "leaky")
+        prune_code(tmp_path / "leaky", json.loads((tmp_path / "leaky/config.json").read_text()))
+        write_golden(tmp_path / "leaky", model)
+        assert load_problems(tmp_path / "leaky", read_golden(tmp_path / "leaky")) == []
+    finally:
+        del MIXERS["leaky"], POSITIONS["fading"]
+    names = {path.stem for path in (tmp_path / "leaky").glob("*.py")}
+    assert names == reachable(tmp_path / "leaky")
+    assert {"runtime_part", "channel_mlp"} <= names
+    assert not names & {"mixer_mamba", "mixer_titans_mac", "neural_memory", "channel_swiglu", "span_token_merging"}
+
+
+def dry_run(name, root):
+    """Build a preset with random weights, and publish it without a Hub."""
+    folder = root / name
+    build(name, folder)
+    before = {path.stem for path in folder.glob("*.py")}
+    prepare(folder)
+    assert check_publishable(folder) == [], name
+    after = {path.stem for path in folder.glob("*.py")}
+    used = used_names(json.loads((folder / "config.json").read_text()))
+    kinds = ("mixer", "channel", "span", "residual", "position")
+    kept = {stem.split("_", 1)[1] for stem in after if stem.split("_", 1)[0] in kinds and "_" in stem}
+    assert kept - {"attention", "moe"} <= used, name  # the backbone itself looks for these two
+    assert after < before
+
+
+@pytest.mark.parametrize("name", ["tiny_titans_mac", "tiny_everything"])
+def test_a_dry_run_of_a_zoo_model_passes(name, tmp_path):
+    dry_run(name, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_every_zoo_model_passes(tmp_path):
+    for name in TINY:
+        dry_run(name, tmp_path)
+        shutil.rmtree(tmp_path / name)
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """A Hub of this machine that huggingface_hub talks to, with a token."""
+    with serve() as (hub, address):
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for name, value in (("HF_HUB_OFFLINE", False), ("ENDPOINT", address), ("HF_HUB_DISABLE_XET", True)):
+            monkeypatch.setattr(constants, name, value)
+        yield SimpleNamespace(hub=hub, address=address)
+
+
+def contents(folder):
+    return {file.path: (folder / file.path).read_bytes() for file in uploads(folder)}
+
+
+def test_publishing_uploads_what_was_shown_and_the_token_appears_nowhere(folder, online, cli, caplog, capfd):
+    caplog.set_level("DEBUG")
+    said = cli("publish", folder, "--repo", "me/tiny", "--private")
+    assert said.exit_code == 0, said.output
+    assert online.hub.repos["me/tiny"] == {"private": True, "main": contents(folder)}
+    assert f"uploaded: {online.address}/me/tiny/commit/" in said.output
+    assert f"Bearer {TOKEN}" in online.hub.tokens
+    printed = capfd.readouterr()
+    for text in (said.output, caplog.text, printed.out, printed.err, *map(str, contents(folder).values())):
+        assert TOKEN not in text
+
+
+def test_an_upload_that_breaks_goes_on_where_it_was(folder, online):
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    online.hub.broken.add(digest)
+    with pytest.raises(OSError, match=r"(?s)me/tiny: .*403 Forbidden.*; the same command goes on where it was"):
+        upload(folder, "me/tiny")
+    golden = file_hash(folder / GOLDEN)
+    assert online.hub.put == [golden]
+    assert online.hub.repos["me/tiny"]["main"] == {}
+    online.hub.broken.clear()
+    upload(folder, "me/tiny")
+    assert online.hub.put == [golden, digest]  # the one that had arrived was not sent again
+    assert online.hub.repos["me/tiny"]["main"] == contents(folder)
+    upload(folder, "me/tiny")
+    assert online.hub.put == [golden, digest]
+
+
+def test_a_revision_is_a_branch_of_its_own(folder, online):
+    upload(folder, "me/tiny", revision="v2")
+    assert online.hub.repos["me/tiny"]["main"] == {}
+    assert online.hub.repos["me/tiny"]["v2"] == contents(folder)
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(folder, online):
+    online.hub.repos["me/tiny"] = {"private": False, "main": {}}
+    with pytest.raises(ValueError, match="--private: me/tiny exists and is public"):
+        upload(folder, "me/tiny", private=True)
+    assert online.hub.put == []
+
+
+def test_an_error_of_the_hub_never_holds_the_token(folder, online, caplog, capfd, cli, monkeypatch):
+    monkeypatch.setattr(publishing, "check_publishable", lambda folder: [])
+    caplog.set_level("INFO")
+    online.hub.echo = True
+    said = cli("publish", folder, "--repo", "me/tiny")
+    assert said.exit_code == 2
+    assert "bad credentials: Bearer hf_…" in said.output
+    with pytest.raises(OSError, match="bad credentials") as error:
+        upload(folder, "me/tiny")
+    assert error.value.__context__ is None
+    printed = capfd.readouterr()
+    for text in (said.output, caplog.text, printed.out, printed.err, str(error.value)):
+        assert TOKEN not in text
+
+
+def test_without_a_network_or_a_token_nothing_is_asked_of_the_hub(folder, online, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        upload(folder, "me/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(publishing, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="no token: `hf auth login`"):
+        upload(folder, "me/tiny")
+    assert online.hub.tokens == set()
+
+
+def test_a_folder_that_holds_the_token_in_use_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-shape")
+    (folder / "notes.md").write_text("use a-token-of-another-shape\n")
+    problems = check_publishable(folder, run=False)
+    assert problems == ["notes.md, line 1: holds the token that you are logged in with; remove it and revoke it"]
+
+
+def test_the_code_of_one_folder_is_not_taken_for_that_of_another_of_its_name(folder):
+    golden = read_golden(folder)
+    assert load_problems(folder, golden) == []
+    edit(folder / "modeling_hybridlm.py", "import torch\n", "import torch\n\nraise RuntimeError('other code')\n")
+    problems = load_problems(folder, golden)  # last in this file: it ends the process that the tests share
+    assert problems[0].startswith("it does not load where hybridlm is not installed: in another process: ")
+    assert "other code" in problems[0]

@@ -74,7 +74,10 @@ def build_bundle(
     files = {CONFIG: config_path.read_bytes()}
     stored = _stored(folder) if is_folder else {}
     files |= {path: data for path, data in stored.items() if path not in OWN_FILES}
-    files |= result_files(results)
+    given = result_files(results)
+    for path, data in given.items() if is_folder else ():
+        _check_name_of(path, data, {folder.resolve().name, name})
+    files |= given
     training = json.loads(files[TRAINING]) if TRAINING in files else None
     if facts is None and FACTS in stored:
         files[FACTS] = stored[FACTS]
@@ -95,6 +98,18 @@ def build_bundle(
         for path, data in files.items():
             check_model_of(path, data, folder)
     return bundle
+
+
+def _check_name_of(path: str, data: bytes, names: set[str | None]) -> None:
+    """Refuse a check report that says that it is of another model; it has no hash that could be compared."""
+    content = json.loads(data)
+    if kind_of(content) == "check":
+        for report in content["models"]:
+            if Path(report["model"]).name not in names:
+                raise CardError(
+                    f"{path}: a check of {report['model']!r}, expected one of {sorted(filter(None, names))}; run "
+                    "`hybridlm check` on this folder"
+                )
 
 
 def _stored(folder: Path) -> dict[str, bytes]:

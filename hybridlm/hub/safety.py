@@ -4,6 +4,7 @@ import io
 import json
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,8 +107,10 @@ def _is_pickle(head: bytes) -> bool:
     """
     stream, seen, complete = io.BytesIO(head), set(), False
     try:
-        for operation, _, _ in pickletools.genops(stream):
-            seen.add(operation.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # text that is no pickle may hold escapes that Python warns of
+            for operation, _, _ in pickletools.genops(stream):
+                seen.add(operation.name)
         complete = True
     except Exception:  # pickletools raises many types
         if stream.tell() < len(head):  # else the pickle goes on behind what was read

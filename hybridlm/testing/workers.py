@@ -33,6 +33,8 @@ class Worker:
             "OMP_NUM_THREADS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
         }
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # it runs code that a folder ships, and needs no network
+            environment.pop(name, None)
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not matter
         self.process = subprocess.Popen(

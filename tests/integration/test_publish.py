@@ -349,9 +349,12 @@ def test_a_card_of_results_that_do_not_belong_is_refused(folder, tmp_path, cli):
     found = json.loads((folder / "results/babi.json").read_text())
     found["model"]["hash"] = "1" * 64
     (tmp_path / "other.json").write_text(json.dumps(found))
+    report = summary_json([Report("llama", [], dtype="fp64")], "hybridlm check llama")
+    (tmp_path / "check.json").write_text(report)
     before = (folder / "README.md").read_text()
     for arguments, reason in (
         (("--results", tmp_path / "other.json"), "other.json: of a model with the hash 111111111111"),
+        (("--results", tmp_path / "check.json"), "check.json: a check of 'llama', expected one of ['tiny']"),
         (("--results", tmp_path / "nowhere"), "nowhere does not exist"),
         (("--results", folder), "holds no results of eval, check, race, training"),
         (("--facts", "jambo"), "facts: no 'jambo'"),

@@ -97,11 +97,9 @@ def _score_tables(runs: Sequence[Scored]) -> list[Block]:
     keys = _keys(runs, "bits_per_byte")
     if keys:
         blocks.append(_bits_table(runs, keys))
-    unfit = [_unfit(run) for run in runs if any(_status(cell) != "scored" for cell in run.cells.values())]
+    unfit = [row for run in runs for row in _unfit(run)]
     if unfit:
-        blocks.append(
-            Table("What did not fit", ["model", "task", "length", "reason"], sum(unfit, []), numbers_of(runs))
-        )
+        blocks.append(Table("What did not fit", ["model", "task", "length", "reason"], unfit, numbers_of(runs)))
     return blocks
 
 

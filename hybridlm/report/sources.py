@@ -84,11 +84,10 @@ def read_sources(runs: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
 
 
 def _result_files(folder: Path, depth: int) -> Iterator[Path]:
-    """JSON files that may be results: none of a model folder, nor single parts of a run."""
+    """JSON files that may be results: none of a model's own, nor single parts of a run."""
     entries = sorted(folder.iterdir())
     names = {entry.name for entry in entries}
-    if "config.json" in names:
-        return
+    is_model = "config.json" in names
     for entry in entries:
         if entry.is_dir():
             left_out = entry.name.startswith(_LEFT_OUT) or entry.name.endswith("_runs")
@@ -96,7 +95,7 @@ def _result_files(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _result_files(entry, depth + 1)
             continue
         unfinished = entry.name == METRICS and "results.json" not in names  # of a run that has not ended
-        if unfinished or (entry.suffix == ".json" and not entry.name.startswith(".")):
+        if not is_model and (unfinished or (entry.suffix == ".json" and not entry.name.startswith("."))):
             yield entry
 
 

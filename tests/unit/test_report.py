@@ -509,6 +509,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_files_of_a_model_are_not_looked_at_but_results_below_it_are(tmp_path):
+    model = tmp_path / "model"
+    write(model / "config.json", {})
+    (model / "tokenizer.json").write_text("{broken")
+    write(model / "scores" / "all.json", eval_file())
+    assert [source.name for source in make_report([model]).sources] == ["model/scores/all.json"]
+
+
 def test_a_file_named_twice_is_read_once(tmp_path):
     path = write(tmp_path / "x.json", eval_file())
     assert len(make_report([path, tmp_path, path]).sources) == 1

@@ -192,7 +192,7 @@ def _fit(race: Race, name: str, config: HybridLMConfig, target: int, context: in
     scaled(1.0)
     if find(config):
         low, high = _bracket(scaled, target)
-        for _ in range(24):
+        for _ in range(16):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if scaled(middle) < target else (low, middle)
     return min(found.values(), key=lambda pair: abs(pair[0] - target))[1]

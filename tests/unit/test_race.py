@@ -147,8 +147,8 @@ def test_the_default_race_is_the_recipe_that_is_known():
         name: {entrant.config["layer_specs"][part]["mixer"]["conv_kernel"] for part in entrant.config["layer_layout"]}
         for name, entrant in entrants.items()
     }
-    assert all(kernels[name] == {4} for name in kernels if name.endswith("_conv"))
-    assert not any(4 in kernels[name] for name in kernels if not name.endswith("_conv"))
+    assert all(kernels[name] == {3} for name in kernels if name.endswith("_conv"))
+    assert not any(3 in kernels[name] for name in kernels if not name.endswith("_conv"))
 
 
 # -- what is made equal --------------------------------------------------------------------------------------------
@@ -274,7 +274,10 @@ def test_a_run_is_kept_with_its_weights_and_run_again_without_them(tmp_path, mon
         train.finish(replace(race, training=replace(race.training, learning_rate=0.1)), entrants, tmp_path, "hybrid", 0)
 
 
-@pytest.mark.parametrize("name", race_names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("attention_ratio", "mixers"))) for name in race_names()],
+)
 def test_every_race_of_the_package_runs_a_step_of_every_arm(name, tmp_path):
     race = load_race(name)
     entrants = enter(race)

@@ -29,9 +29,9 @@ def _blocks(source: Source) -> list[Block]:
     if not arms:
         raise race.wrong("arms: there is none")
     blocks: list[Block] = [Words(_about(race, chance)), _ordering(race)]
-    summary = [sentence.text() for sentence in race.each("summary")]
-    blocks += [Words(summary)] if summary else []
     blocks.append(_table(source, arms, chance))
+    summary = [sentence.text() for sentence in race.each("summary")]
+    blocks += [Listing("What the race says", "\n".join(summary))] if summary else []
     charts = [_steps(source, arms, chance), _state(source, arms, chance), _lengths(source, arms, chance)]
     blocks.append(Grid("Accuracy against steps, state and length", [chart for chart in charts if chart is not None]))
     lengths = _length_table(source, arms, chance)

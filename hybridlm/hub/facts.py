@@ -113,14 +113,19 @@ def _refuse_numbers(text: str, names: list[str], where: str, is_license: bool) -
 
 def facts_of_config(config: dict[str, Any]) -> str:
     """Name of the facts that fit a config: those of the preset that it equals in its layers, or the generic ones."""
-    shape = {part: config.get(part) for part in _SHAPE}
-    return next((name for name, preset in _presets().items() if preset == shape), GENERIC)
+    shape = [config.get(part) for part in _SHAPE]
+    return next(
+        (name for name, preset in _configs().items() if [preset.get(part) for part in _SHAPE] == shape), GENERIC
+    )
+
+
+def is_preset_source(text: str | None) -> bool:
+    """Whether a config's `extra.source` is that of a preset; any other text could claim anything."""
+    return text is not None and text in {(config.get("extra") or {}).get("source") for config in _configs().values()}
 
 
 @functools.cache
-def _presets() -> dict[str, dict[str, Any]]:
-    """What tells the presets apart, by name."""
-    configs = {
-        name: json.loads(presets.find_config(name).read_text(encoding="utf-8")) for name in presets.preset_names()
-    }
-    return {name: {part: config.get(part) for part in _SHAPE} for name, config in configs.items()}
+def _configs() -> dict[str, dict[str, Any]]:
+    """The presets' configs by name."""
+    paths = {name: presets.find_config(name) for name in presets.preset_names()}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}

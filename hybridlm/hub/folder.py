@@ -17,7 +17,7 @@ from hybridlm.evaluation.runner import write_whole
 from .cards import CONFIG, CURVE, FACTS, LEDGER, PLAN, RESULTS, RUN_FILE, TRAINING, Bundle, Card, dump, kind_of
 from .cards import render_card as render
 from .describe import plan_record
-from .facts import facts_of_config, load_facts
+from .facts import check_facts, facts_of_config, load_facts
 from .figures import CardError, read_json
 from .folders import read_config
 from .golden import GOLDEN, file_hash, weight_files, write_golden
@@ -96,7 +96,7 @@ def build_bundle(
         if (folder / GOLDEN).is_file():
             bundle.hashes[GOLDEN] = file_hash(folder / GOLDEN)
         for path, data in files.items():
-            check_model_of(path, data, folder)
+            check_source(path, data, folder)
     return bundle
 
 
@@ -121,13 +121,15 @@ def _stored(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def check_model_of(path: str, data: bytes, folder: Path) -> None:
-    """Refuse results that say that they are of other weights.
+def check_source(path: str, data: bytes, folder: Path) -> None:
+    """Refuse results that say that they are of other weights, and facts that hold numbers.
 
     Raises:
-        CardError: They are.
+        ValueError: They are, or do.
     """
     content = json.loads(data) if path.endswith(".json") else {}
+    if kind_of(content) == "facts":
+        check_facts({key: value for key, value in content.items() if key not in ("kind", "tiny")}, path)
     if kind_of(content) == "eval":
         digest = folder_hash(folder, ("config.json", "*.safetensors", "*.bin"))
         if content["model"]["hash"] != digest:

@@ -14,23 +14,11 @@ from hybridlm.evaluation.loading import TOKENIZER_FILES
 from hybridlm.testing.base import NotApplicable
 from hybridlm.testing.workers import POOL
 
-from .cards import (
-    CONFIG,
-    LEDGER,
-    PLAN,
-    RESULTS,
-    TRAINING,
-    Bundle,
-    check_metadata,
-    kind_of,
-    render_card,
-    split_card,
-    template_text,
-    unbacked_metadata,
-)
+from .card_text import check_metadata, split_card, unbacked_metadata
+from .cards import CONFIG, LEDGER, PLAN, RESULTS, TRAINING, Bundle, kind_of, render_card, template_text
 from .describe import plan_record
 from .figures import CardError, derive, has_digit, read_json, unbacked
-from .folder import check_model_of
+from .folder import check_source
 from .golden import GOLDEN, Golden, file_hash, read_golden, wrong_hashes
 from .safety import unsafe_files
 
@@ -103,7 +91,7 @@ def card_problems(folder: Path) -> Iterator[str]:
     """What the card says that the stored files do not."""
     try:
         yield from _card_problems(folder)
-    except (CardError, OSError) as error:
+    except (ValueError, OSError) as error:  # CardError is a ValueError
         yield str(error)
 
 
@@ -160,7 +148,7 @@ def _figure_problems(folder: Path, ledger: dict[str, Any], bundle: Bundle) -> It
 def _source_problems(folder: Path, ledger: dict[str, Any], bundle: Bundle) -> Iterator[str]:
     """Hold the stored files against the model, and the list of figures against what the template prints."""
     for path, data in bundle.files.items():
-        check_model_of(path, data, folder)
+        check_source(path, data, folder)
     if PLAN in bundle.files:
         training = json.loads(bundle.files[TRAINING]) if TRAINING in bundle.files else None
         planned = plan_record(json.loads(bundle.files[CONFIG]), training["data"]["length"] if training else None)

@@ -169,6 +169,11 @@ def other_model(folder):
     rehash(folder, "results/babi.json")
 
 
+def boasting_facts(folder):
+    rewrite(folder / "results/facts.json", lambda facts: facts.update(limits="It fails in 1 % of all cases."))
+    rehash(folder, "results/facts.json")
+
+
 def drop_label(folder):
     edit(folder / "README.md", "at chance (", "(", -1)
 
@@ -201,6 +206,7 @@ REFUSED = {
     ),
     "figure that points elsewhere": (forge, "its figures are not those that a card of these files has"),
     "plan of another config": (cheaper_plan, "results/plan.json: is not what the planner says of config.json"),
+    "number among the facts": (boasting_facts, "results/facts.json: limits: '1' holds a number; facts are words"),
     "results of another model": (other_model, r"results/babi.json: of a model with the hash 000000000000"),
     "changed weight": (change_weight, r"model.safetensors: its hash .* is not .*, stored with the golden logits"),
     "no golden logits": (lambda f: (f / GOLDEN).unlink(), f"{GOLDEN}: missing"),

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 import hybridlm
 from hybridlm import presets
 from hybridlm.analysis import plan
-from hybridlm.hub.cards import CONFIG, FACTS, PLAN, TRAINING, Bundle, dump, render_card, split_card, template_text
+from hybridlm.hub.card_text import split_card
+from hybridlm.hub.cards import CONFIG, FACTS, PLAN, TRAINING, Bundle, dump, render_card, template_text
 from hybridlm.hub.describe import plan_record
 from hybridlm.hub.facts import GENERIC, check_facts, facts_names, facts_of_config, load_facts
 from hybridlm.hub.figures import FORMS, CardError, Source, derive, unbacked
@@ -257,6 +258,23 @@ def test_facts_that_lack_a_field_or_are_unknown_are_named(tmp_path):
         load_facts("jambo")
     with pytest.raises(FileNotFoundError, match=r"nowhere.yaml does not exist"):
         load_facts(tmp_path / "nowhere.yaml")
+
+
+def test_a_data_set_and_a_base_model_of_the_hub_are_linked():
+    data = record()["data"] | {"path": "org/texts-2", "hub": True}
+    card = render_card(bundle_of("tiny_llama", record(data=data, base_model="org/base-7b"))).text
+    found = ModelCard(card).data
+    assert (found.datasets, found.base_model) == (["org/texts-2"], "org/base-7b")
+    assert "Base model: org/base-7b." in card
+
+
+def test_a_config_cannot_claim_a_number_in_its_source():
+    bundle = bundle_of("tiny_mhc_jamba")
+    assert "Shape: " in render_card(bundle).text
+    config = json.loads(bundle.files[CONFIG])
+    config["extra"]["source"] = "scores 99 %"
+    bundle.files[CONFIG] = dump(config)
+    assert "99 %" not in render_card(bundle).text
 
 
 def test_the_metadata_are_those_of_the_text():

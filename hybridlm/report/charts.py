@@ -74,6 +74,15 @@ class LineChart:
     block: str = "chart"
 
     @property
+    def drawn(self) -> list[Series]:
+        """The series without what has no place on a logarithmic axis."""
+        fits = [
+            [point for point in one.points if (not self.x.log or point.x > 0) and (not self.y.log or point.y > 0)]
+            for one in self.series
+        ]
+        return [Series(one.name, points, one.line) for one, points in zip(self.series, fits, strict=True)]
+
+    @property
     def alt(self) -> str:
         """The chart in words."""
         points = [point for series in self.series for point in series.points]
@@ -176,7 +185,7 @@ def _value(point: Point | None) -> str:
 
 def extent(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
     """Where an axis begins and ends: around the values, with some air where the axis has no end of its own."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = (min(values), max(values)) if values else (1.0, 2.0)
     if axis.log:
         low, high = math.log(low, axis.log), math.log(high, axis.log)
         air = 0.04 * (high - low) or 0.5

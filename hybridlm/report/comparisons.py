@@ -106,7 +106,7 @@ def _memory(source: Source) -> list[Block]:
 
 def _read(arm: Node, task: str) -> dict[float, Node]:
     found = arm.get("scores", task)
-    return {} if found is None else dict(sorted((float(length), node) for length, node in found.items()))
+    return {} if found is None else dict(found.by_number())
 
 
 def _memory_curve(source: Source, arms: dict[str, Node], task: str, chance: float) -> LineChart:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+_LARGEST = 1e100  # that a result may be
+
 
 @dataclass(frozen=True)
 class Node:
@@ -63,9 +65,22 @@ class Node:
     def number(self) -> float:
         """A finite number."""
         good = isinstance(self.value, int | float) and not isinstance(self.value, bool)
-        if not good or not math.isfinite(self.value):
+        if not good or not abs(self.value) <= _LARGEST:  # so that NaN fails too
             raise self.wrong(f"{_short(self.value)} is no finite number")
         return float(self.value)
+
+    def by_number(self) -> "list[tuple[float, Node]]":
+        """Entries of an object whose names are numbers, such as lengths, in their order."""
+        found = []
+        for name, node in self.items():
+            try:
+                number = float(name)
+            except ValueError:
+                number = math.nan
+            if not math.isfinite(number):
+                raise self.wrong(f"{_short(name)} is no number")
+            found.append((number, node))
+        return sorted(found, key=lambda item: item[0])
 
     def text(self) -> str:
         """A string."""

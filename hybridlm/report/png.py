@@ -36,7 +36,7 @@ def _size(chart: HeatMap) -> tuple[float, float]:
 
 
 def _lines(chart: LineChart, axes: Axes) -> None:
-    for index, series in enumerate(chart.series):
+    for index, series in enumerate(chart.drawn):
         dense = len(series.points) > _MOST_MARKERS
         errors = [point.error or 0.0 for point in series.points]
         axes.errorbar(
@@ -50,7 +50,7 @@ def _lines(chart: LineChart, axes: Axes) -> None:
         axes.axhline(level, color="black", linestyle=":", linewidth=1, label=_literal(label))
     for label, value in chart.marks:
         axes.axvline(value, color="gray", linestyle=":", linewidth=1, label=_literal(label))
-    points = [point for series in chart.series for point in series.points]
+    points = [point for series in chart.drawn for point in series.points]
     heights = [point.y for point in points] + [level for _, level in chart.rules]
     _scale(axes, "x", chart.x, [point.x for point in points])
     _scale(axes, "y", chart.y, heights)

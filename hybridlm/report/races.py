@@ -68,32 +68,32 @@ def _score(node: Node, chance: float) -> Score:
 
 
 def _table(source: Source, arms: dict[str, Node], chance: float) -> Table:
-    steps = sorted({step for arm in arms.values() for step, _ in arm["at"].items()}, key=float)
+    steps = sorted({step for arm in arms.values() for step, _ in arm["at"].by_number()})
     threshold = next((arm["steps_to"]["threshold"].number() for arm in arms.values() if "steps_to" in arm), None)
     to = [] if threshold is None else [f"steps to {threshold:g}"]
     rows = []
     for name, arm in arms.items():
-        scores = [arm.get("at", step) for step in steps]
+        scores = dict(arm["at"].by_number())
         rows.append(
             [
                 Cell(name),
                 Cell(arm.optional_text("about") or ""),
                 *(count(arm.optional_number(key)) for key in ("parameters", "state_bytes", "flops_per_token")),
                 count(len(list(arm["seeds"]))),
-                *(Cell(NONE) if score is None else _score(score, chance).cell for score in scores),
+                *(_score(scores[step], chance).cell if step in scores else Cell(NONE) for step in steps),
                 *([_steps_to(arm)] if to else []),
             ]
         )
     titles = ["arm", "about", "parameters", "state bytes", "FLOPs / token", "seeds"]
     note = f"Chance is {chance:.4g}." + (" Steps by seed; –: not reached." if to else "")
     own = [
-        f"{name} at its step {score['own_step'].number():,.0f} for {step}"
+        f"{name} at its step {score['own_step'].number():,.0f} for {step:,.0f}"
         for name, arm in arms.items()
-        for step, score in arm["at"].items()
+        for step, score in arm["at"].by_number()
         if "own_step" in score
     ]
     note += f" Arms that do not take as many steps are read at their own: {', '.join(own)}." if own else ""
-    accuracy = [f"at step {step}" for step in steps]
+    accuracy = [f"at step {step:,.0f}" for step in steps]
     return Table("Arms and accuracy", [*titles, *accuracy, *to], rows, [source.number], note)
 
 
@@ -121,23 +121,23 @@ def _steps(source: Source, arms: dict[str, Node], chance: float) -> Chart | None
 
 def _state(source: Source, arms: dict[str, Node], chance: float) -> Chart | None:
     """Where each arm was read last."""
-    series, read = [], ""
+    series, read = [], 0.0
     for name, arm in arms.items():
-        at, size = dict(arm["at"].items()), arm.optional_number("state_bytes")
+        at, size = arm["at"].by_number(), arm.optional_number("state_bytes")
         if at and size and size > 0:
-            read = max(at, key=float)
-            score = _score(at[read], chance)
+            read, node = at[-1]
+            score = _score(node, chance)
             series.append(Series(name, [Point(size, score.value, score.error)], line=False))
     if not series:
         return None
     return LineChart("Accuracy against state bytes", Axis("state bytes of a row", log=2), _ACCURACY, series,
-                     [("chance", chance)], sources=[source.number], note=f"At step {read}.")  # fmt: skip
+                     [("chance", chance)], sources=[source.number], note=f"At step {read:,.0f}.")  # fmt: skip
 
 
 def _lengths(source: Source, arms: dict[str, Node], chance: float) -> Chart | None:
     series = []
     for name, arm in arms.items():
-        scores = [(float(length), _score(node, chance)) for length, node in _by_length(arm)]
+        scores = [(length, _score(node, chance)) for length, node in _by_length(arm)]
         if scores:
             series.append(Series(name, [Point(length, score.value, score.error) for length, score in scores]))
     if not series:
@@ -147,13 +147,13 @@ def _lengths(source: Source, arms: dict[str, Node], chance: float) -> Chart | No
                      [("chance", chance)], [("trained length", trained)], [source.number])  # fmt: skip
 
 
-def _by_length(arm: Node) -> list[tuple[str, Node]]:
+def _by_length(arm: Node) -> list[tuple[float, Node]]:
     found = arm.get("lengths")
-    return [] if found is None else sorted(found.items(), key=lambda item: float(item[0]))
+    return [] if found is None else found.by_number()
 
 
 def _length_table(source: Source, arms: dict[str, Node], chance: float) -> Table | None:
-    lengths = sorted({length for arm in arms.values() for length, _ in _by_length(arm)}, key=float)
+    lengths = sorted({length for arm in arms.values() for length, _ in _by_length(arm)})
     if not lengths:
         return None
     rows = []
@@ -161,7 +161,7 @@ def _length_table(source: Source, arms: dict[str, Node], chance: float) -> Table
         scores = dict(_by_length(arm))
         cells = [_score(scores[length], chance).cell if length in scores else Cell(NONE) for length in lengths]
         rows.append([Cell(name), *cells])
-    titles = ["arm", *(f"{float(length):,.0f} tokens" for length in lengths)]
+    titles = ["arm", *(f"{length:,.0f} tokens" for length in lengths)]
     chances = {_score(score, chance).chance for arm in arms.values() for _, score in _by_length(arm)}
     note = f"Chance is {' to '.join(f'{value:.4g}' for value in sorted({min(chances), max(chances)}))}."
     return Table("Accuracy by length", titles, rows, [source.number], note)

@@ -7,7 +7,7 @@ which the page's content security policy forbids.
 import math
 from xml.etree import ElementTree as ET
 
-from .charts import Axis, Chart, HeatMap, LineChart, Point, extent, figure, short, ticks
+from .charts import Axis, Chart, HeatMap, LineChart, Point, Series, extent, figure, short, ticks
 
 COLOURS = 8  # classes s0 to s7 of the style sheet; then they come again, dashed
 SHADES = 10  # classes h0 to h10
@@ -78,7 +78,7 @@ class _Scale:
 
 def _lines(chart: LineChart, ident: str) -> ET.Element:
     root = _root(chart, ident, _WIDTH, _HEIGHT, "lines")
-    points = [point for series in chart.series for point in series.points]
+    points = [point for series in chart.drawn for point in series.points]
     across = [point.x for point in points]
     heights = [point.y for point in points] + [level for _, level in chart.rules]
     if not chart.y.log:
@@ -94,8 +94,8 @@ def _lines(chart: LineChart, ident: str) -> ET.Element:
         if x.low <= value <= x.high:
             _add(root, "line", "rule", x1=x(value), x2=x(value), y1=_TOP, y2=_HEIGHT - _BOTTOM)
             _add(root, "text", "note", label, x=x(value) + 4, y=_TOP + 10)
-    for index in range(len(chart.series)):
-        _curve(root, chart, index, x, y)
+    for index, series in enumerate(chart.drawn):
+        _curve(root, chart, series, index, x, y)
     return root
 
 
@@ -113,8 +113,8 @@ def _axes(root: ET.Element, chart: LineChart, x: _Scale, y: _Scale) -> None:
     _add(root, "text", "label middle", chart.y.label, x=14, y=middle, transform=f"rotate(-90 14 {middle:g})")
 
 
-def _curve(root: ET.Element, chart: LineChart, index: int, x: _Scale, y: _Scale) -> None:
-    series, look = chart.series[index], _look(index)
+def _curve(root: ET.Element, chart: LineChart, series: Series, index: int, x: _Scale, y: _Scale) -> None:
+    look = _look(index)
     group = _add(root, "g", look)
     if series.line and len(series.points) > 1:
         steps = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in series.points)

@@ -313,6 +313,14 @@ def test_a_logarithmic_axis_has_equal_steps_for_equal_factors():
     assert places[2] - places[1] == pytest.approx(places[1] - places[0], abs=0.02)
 
 
+def test_what_has_no_place_on_a_logarithmic_axis_is_in_the_table_alone():
+    found = LineChart("t", Axis("x", log=2), Axis("y"), [Series("a", [Point(0, 1.0)]), Series("b", [Point(8, 2.0)])])
+    assert len(Page(draw(found, "x")).all("circle", **{"class": "hover"})) == 1
+    assert [row[0] for row in found.numbers()[1]] == ["0", "8"]
+    empty = LineChart("t", Axis("x", log=2), Axis("y"), [Series("a", [Point(0, 1.0)])])
+    assert not Page(draw(empty, "x")).all("circle", **{"class": "hover"})
+
+
 @pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [1e-9, 1e9], [-3.0, 2.0], [0.4, 0.400001]])
 def test_an_axis_has_a_few_labels_inside_its_ends(values):
     axis = Axis("x", log=10 if values[0] > 0 else 0)
@@ -460,6 +468,12 @@ def test_without_matplotlib_the_page_is_whole_and_the_pictures_are_said_to_be_le
         ("x.json", '{"kind": "race", "name": "a", "chance": NaN}', "x.json: chance: nan is no finite number"),
         ("x.json", '{"kind": "race", "name": "a", "chance": 0.5, "arms": {}}', "x.json: arms: there is none"),
         ("x.json", '{"kind": "race", "name": "a", "chance": 0.5, "arms": [1]}', "x.json: arms: is no object"),
+        ("x.json", '{"kind": "race", "name": "a", "chance": 1' + "0" * 400 + "}", "is no finite number"),
+        (
+            "x.json",
+            json.dumps(race_file() | {"arms": {"a": arm(0.5, 9) | {"lengths": {"long": accuracy(0.5, 0.1, True)}}}}),
+            "x.json: arms.a.lengths: 'long' is no number",
+        ),
         ("x.json", '{"kind": "check", "models": {}}', "x.json: models: is no list"),
         ("metrics.jsonl", '{"step"\n{}', "metrics.jsonl: line 1: not JSON"),
         ("metrics.jsonl", '{"step": 1, "loss": "low"}', "metrics.jsonl: line 1.loss: 'low' is no finite number"),

@@ -13,6 +13,17 @@ from .figures import CardError, has_digit, pointer_of
 _HEADER = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
 
 
+class _NoDuplicates(yaml.SafeLoader):
+    """Refuse a key that stands twice: readers differ in which one they take."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def split_card(text: str) -> tuple[dict[str, Any], str]:
     """Metadata and body of a card.
 
@@ -23,7 +34,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if match is None:
         raise CardError("README.md: no metadata between two lines of three dashes")
     try:
-        header = yaml.safe_load(match[1])
+        header = yaml.load(match[1], Loader=_NoDuplicates)  # a SafeLoader
     except yaml.YAMLError as error:
         raise CardError(f"README.md: the metadata are no YAML: {error}") from error
     if not isinstance(header, dict):

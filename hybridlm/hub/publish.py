@@ -5,6 +5,7 @@ files that the repository has and large files whose content the storage has. (`u
 in the folder, and is gone from version 2.)
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .cards import LEDGER, template_text
+from .figures import read_json
 from .golden import file_hash, read_golden
 from .safety import folder_files, secrets, too_large
 from .verify import load_problems, verify
@@ -46,9 +49,20 @@ def check_publishable(folder: str | Path, *, run: bool = True) -> list[str]:
     """
     folder = Path(folder)
     problems = verify(folder, run=False)
+    problems += _outdated(folder)
     problems += secrets(folder, [token for token in (get_token(),) if token])
     problems += too_large(folder)
     return problems or (load_problems(folder, read_golden(folder)) if run else [])
+
+
+def _outdated(folder: Path) -> list[str]:
+    """Whether the card is of another template, so that its list of figures cannot be compared."""
+    if not (folder / LEDGER).is_file():
+        return []  # which was said
+    digest = hashlib.sha256(template_text().encode()).hexdigest()
+    if read_json(folder / LEDGER).get("template") == digest:
+        return []
+    return [f"{LEDGER}: the card was rendered from another template; `hybridlm card FOLDER` renders it again"]
 
 
 def uploads(folder: str | Path) -> list[Upload]:

@@ -146,17 +146,17 @@ INDEXED = """  results:
 
 def forge(folder):
     """Point a figure of the card elsewhere, and print what stands there."""
-
-    def change(ledger):
-        figure = next(f for f in ledger["figures"] if f[3] == "/total/num_parameters")
-        figure[:] = ["7", "integer", "results/plan.json", "/layers/0/state_bytes"]
-        figure[0] = f"{json.loads((folder / 'results/plan.json').read_text())['layers'][0]['state_bytes']:,}"
-
-    ledger = json.loads((folder / LEDGER).read_text())
-    old = next(f[0] for f in ledger["figures"] if f[3] == "/total/num_parameters")
-    rewrite(folder / LEDGER, change)
     new = f"{json.loads((folder / 'results/plan.json').read_text())['layers'][0]['state_bytes']:,}"
+    figures = json.loads((folder / LEDGER).read_text())["figures"]
+    number, old = next((n, f[0]) for n, f in enumerate(figures) if f[3] == "/total/num_parameters")
+    figures[number] = [new, "integer", "results/plan.json", "/layers/0/state_bytes"]
+    rewrite(folder / LEDGER, lambda ledger: ledger.update(figures=figures))
     edit(folder / "README.md", old, new)
+
+
+def forge_behind_another_template(folder):
+    forge(folder)
+    rewrite(folder / LEDGER, lambda ledger: ledger.update(template="0" * 64))
 
 
 def cheaper_plan(folder):
@@ -205,6 +205,11 @@ REFUSED = {
         r"results/babi.json: its hash [0-9a-f]{12} is not [0-9a-f]{12}, which the card names",
     ),
     "figure that points elsewhere": (forge, "its figures are not those that a card of these files has"),
+    "figure behind another template": (forge_behind_another_template, "was rendered from another template"),
+    "metadata twice": (
+        lambda f: edit(f / "README.md", "---\n", "---\nmodel-index: [{name: x, results: []}]\n"),
+        "README.md: the metadata are no YAML: 'model-index' stands twice",
+    ),
     "plan of another config": (cheaper_plan, "results/plan.json: is not what the planner says of config.json"),
     "number among the facts": (boasting_facts, "results/facts.json: limits: '1' holds a number; facts are words"),
     "results of another model": (other_model, r"results/babi.json: of a model with the hash 000000000000"),

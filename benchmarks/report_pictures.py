@@ -42,11 +42,11 @@ EXPERTS = {
 SWIGLU = {"name": "swiglu", "intermediate_size": 128}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "max_position_embeddings": LENGTH, "initializer_range": 0.1}
 TITLE = "Two small models that look for needles, and comparisons of this repository"
-# name: width, height, section (the top of the page if none), dark
+# name: width, height, how the id of the section begins (the top of the page if none), dark
 VIEWS = {
-    "report-light": (1280, 1500, None, False),
-    "report-dark": (1280, 1500, "needles", True),
-    "report-phone": (375, 1400, "lengths", False),
+    "report-light": (1280, 1500, "race", False),
+    "report-dark": (1280, 1500, "memory", True),
+    "report-phone": (375, 1500, None, False),
 }
 MODELS = {
     "hybrid": {
@@ -149,7 +149,7 @@ def take_pictures(page: Path) -> None:
                 driver.find_element("id", "theme").click()
             top = 0
             if section is not None:
-                top = driver.execute_script(f"return document.getElementById('{section}').offsetTop")
+                top = driver.execute_script(f"return document.querySelector('section[id^={section}]').offsetTop")
             clip = {"x": 0, "y": top, "width": width, "height": height, "scale": 1}
             taken = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
             (DOCS / f"{name}.png").write_bytes(base64.b64decode(taken["data"]))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,29 @@ def read_sources(runs: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
             if source is None:
                 ignored.append(name)
             else:
-                sources.append(source)
+                _add(source, sources)
     if not sources:
         where = ", ".join(map(str, runs)) or "nothing"
         kinds = f"expected files of kind {', '.join(KINDS)}"
         raise FileNotFoundError(f"{where}: there are no results to report; {kinds}, or a folder with {METRICS}")
     return sources, ignored
+
+
+def _add(source: Source, sources: list[Source]) -> None:
+    """Append a source; of the copies of one training run, which its model's folder has too, the one with records."""
+    run = _run_of(source)
+    for index, other in enumerate(sources):
+        if run is not None and run == _run_of(other):
+            if source.records and not other.records:
+                sources[index] = replace(source, number=other.number)
+            return
+    sources.append(source)
+
+
+def _run_of(source: Source) -> list[Any] | None:
+    if source.kind != "training" or "training" not in source.data:
+        return None
+    return [source.data.value.get(name) for name in ("name", "parameters", "data", "training", "tokens_seen")]
 
 
 def _result_files(folder: Path, depth: int) -> Iterator[Path]:

@@ -531,6 +531,17 @@ def test_files_of_a_model_are_not_looked_at_but_results_below_it_are(tmp_path):
     assert [source.name for source in make_report([model]).sources] == ["model/scores/all.json"]
 
 
+def test_the_copy_of_a_training_run_in_its_models_folder_is_no_second_run(tmp_path):
+    folder = training_folder(tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    write(folder / "model" / "config.json", {})
+    write(folder / "model" / "results" / "training.json", results | {"kind": "training"})
+    (source,) = make_report([folder]).sources
+    assert (source.name, source.number, len(source.records)) == ("run/results.json", 1, 5)
+    training_folder(tmp_path / "other", steps=4)
+    assert len(make_report([folder, tmp_path / "other"]).sources) == 2
+
+
 def test_a_file_named_twice_is_read_once(tmp_path):
     path = write(tmp_path / "x.json", eval_file())
     assert len(make_report([path, tmp_path, path]).sources) == 1

@@ -50,15 +50,16 @@ SUITES = {
     "squad_completion": Suite("answers in paragraphs", "hazyresearch/based-squad", "squad_completion"),
     "helmet": Suite(
         "7 categories to 128K, with citing, reranking and summaries",
-        "several GB of data; a judge model for some",
+        "34 GB of data; OpenAI's GPT-4o as the judge of two categories",
         how="clone github.com/princeton-nlp/HELMET, run its scripts/download_data.sh, then python eval.py --config "
-        "configs/recall.yaml --model_name_or_path MODEL",
+        "configs/recall.yaml --model_name_or_path MODEL --use_chat_template False --output_dir OUT",
     ),
     "nolima": Suite(
         "needles that share no word with their question",
-        "its data, whose licence forbids commercial use",
-        how="clone github.com/adobe-research/NoLiMa and follow its evaluation folder; it asks a server for answers, "
-        "such as vLLM or `transformers serve MODEL`",
+        "its data, amodaresi/NoLiMa; its licence forbids commercial use",
+        how="clone github.com/adobe-research/NoLiMa, run its data/download_NoLiMa_data.sh, serve MODEL by an OpenAI-like "
+        "API (it uses vLLM; `transformers serve` is one too), name it in evaluation/model_configs and a run in "
+        "evaluation/run_config, then evaluation/run_tests.sh",
     ),
 }  # fmt: skip
 

@@ -57,9 +57,9 @@ SUITES = {
     "nolima": Suite(
         "needles that share no word with their question",
         "its data, amodaresi/NoLiMa; its licence forbids commercial use",
-        how="clone github.com/adobe-research/NoLiMa, run its data/download_NoLiMa_data.sh, serve MODEL by an OpenAI-like "
-        "API (it uses vLLM; `transformers serve` is one too), name it in evaluation/model_configs and a run in "
-        "evaluation/run_config, then evaluation/run_tests.sh",
+        how="clone github.com/adobe-research/NoLiMa, run its data/download_NoLiMa_data.sh, serve MODEL by an "
+        "OpenAI-like API (it uses vLLM; `transformers serve` is one too), name it in "
+        "evaluation/model_configs and a run in evaluation/run_config, then evaluation/run_tests.sh",
     ),
 }  # fmt: skip
 

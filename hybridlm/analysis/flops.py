@@ -106,30 +106,40 @@ def holding_flops(span: nn.Module, num_streams: int, num_tokens: int) -> int:
     return 2 * num_streams * span.hidden_size * (chunks * CHUNK**2 + rest**2)
 
 
-def mixing_flops(name: str, part: nn.Module, num_past: int) -> int:
+def mixing_flops(name: str, part: nn.Module, num_past: int, hidden_size: int | None = None) -> int:
     """Operations of one token's recurrence or attention after `num_past` tokens, its projections left out.
 
-    A part without a formula here is counted: the operations of `forward_reference` for one token, without a past.
+    A part without a formula here is counted: the operations for one token, without a past, of its `forward_reference`,
+    or of its `forward` where it has none.
+
+    Args:
+        name: Of the part.
+        part: Counted on the meta device.
+        num_past: Tokens before.
+        hidden_size: D, for a part that does not keep it.
     """
     if name in _FORMULAS:
         return _FORMULAS[name](part, num_past)
     with torch.device("meta"), OperationCounter() as counter:
-        part.forward_reference(torch.empty(1, 1, part.hidden_size))
+        run = getattr(part, "forward_reference", part.forward)
+        run(torch.empty(1, 1, part.hidden_size if hidden_size is None else hidden_size))
     return counter.products + counter.others - product_flops(part)
 
 
-def step_flops(name: str, part: nn.Module, num_past: int) -> int:
+def step_flops(name: str, part: nn.Module, num_past: int, hidden_size: int | None = None) -> int:
     """The same for a token that comes alone, as in decoding, where a part does something else then."""
-    return _STEPS.get(name, mixing_flops)(name, part, num_past)
+    if name in _STEPS:
+        return _STEPS[name](name, part, num_past)
+    return mixing_flops(name, part, num_past, hidden_size)
 
 
-def prefill_flops(name: str, part: nn.Module, num_tokens: int) -> int:
+def prefill_flops(name: str, part: nn.Module, num_tokens: int, hidden_size: int | None = None) -> int:
     """The sum of `mixing_flops` over the first tokens of a document; it grows by equal steps between `_BREAKS`."""
     breaks = _BREAKS[name](part, num_tokens) if name in _BREAKS else ()
     borders = sorted({0, num_tokens, *(place for place in breaks if place < num_tokens)})
     total = 0
     for start, stop in zip(borders, borders[1:], strict=False):
-        ends = mixing_flops(name, part, start) + mixing_flops(name, part, stop - 1)
+        ends = sum(mixing_flops(name, part, place, hidden_size) for place in (start, stop - 1))
         total += (stop - start) * ends // 2
     return total
 

@@ -9,7 +9,6 @@ on average what the spans aim at. Training by the top k of whole documents keeps
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -75,10 +74,8 @@ def plan(config: HybridLMConfig, *, context: int = 4096, dtype: str = "bf16", ro
     names = [config.spans[entry]["name"] for entry, *_ in span_places(config)]
     streams = num_streams(model)
     layers = tuple(
-        _plan_layer(index, recipe, config.layer_specs[recipe], layer, reach, context, kind)
-        for index, (recipe, layer, reach) in enumerate(
-            zip(config.layer_layout, model.model.layers, inside, strict=True)
-        )
+        _plan_layer(config, index, layer, reach, context, kind)
+        for index, (layer, reach) in enumerate(zip(model.model.layers, inside, strict=True))
     )
     spans = tuple(
         _plan_span(name, span, _around(model.model.spans, span), streams, context, kind)
@@ -121,8 +118,10 @@ def _reaches(model: HybridLMForCausalLM) -> list[Reach]:
 
 
 def _plan_layer(
-    index: int, recipe: str, spec: dict[str, Any], layer: nn.Module, reach: Reach, context: int, dtype: torch.dtype
+    config: HybridLMConfig, index: int, layer: nn.Module, reach: Reach, context: int, dtype: torch.dtype
 ) -> LayerPlan:
+    recipe, size = config.layer_layout[index], config.hidden_size
+    spec = config.layer_specs[recipe]
     names = [(spec.get(half) or {}).get("name") for half in ("mixer", "channel_mixer")]
     parts = [(name, part) for name, part in zip(names, (layer.mixer, layer.channel_mixer), strict=True) if part]
     num_parameters = sum(parameter.numel() for parameter in layer.parameters())
@@ -130,10 +129,11 @@ def _plan_layer(
     products, expected = (streams + sum(product_flops(part, mean) for _, part in parts) for mean in (False, True))
     most, likely = reach.most(context), reach.expected(context)
     step, likely_step = (
-        sum(step_flops(name, part, past) for name, part in parts) for past in (reach.most(context + 1) - 1, likely)
+        sum(step_flops(name, part, past, size) for name, part in parts)
+        for past in (reach.most(context + 1) - 1, likely)
     )
     prefill, likely_prefill = (
-        sum(prefill_flops(name, part, tokens) for name, part in parts) for tokens in (most, likely)
+        sum(prefill_flops(name, part, tokens, size) for name, part in parts) for tokens in (most, likely)
     )
     return LayerPlan(
         num_parameters=num_parameters,
@@ -202,7 +202,12 @@ def _bytes(spec: Spec) -> int:
 
 def state_bytes(part: nn.Module, num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one row's state after a number of tokens."""
-    return _bytes(part.state_spec(num_tokens, dtype))
+    return _bytes(_spec_of(part, num_tokens, dtype))
+
+
+def _spec_of(part: nn.Module, num_tokens: int, dtype: torch.dtype) -> Spec:
+    """What a part keeps; nothing where it says nothing, as in a cache."""
+    return part.state_spec(num_tokens, dtype) if hasattr(part, "state_spec") else {}
 
 
 def _rollback_bytes(part: nn.Module, hidden_size: int, context: int, window: int, dtype: torch.dtype) -> int:
@@ -211,8 +216,8 @@ def _rollback_bytes(part: nn.Module, hidden_size: int, context: int, window: int
     A new checkpoint is due once `window` tokens lie behind the last one, and calls of nearly `window` tokens can delay
     it by as much: 4 windows of inputs at the worst, 2 where tokens come one by one.
     """
-    one, two = part.state_spec(1, dtype), part.state_spec(2, dtype)
-    fixed = {name: kept for name, kept in part.state_spec(context, dtype).items() if one[name] == two[name]}
+    one, two = _spec_of(part, 1, dtype), _spec_of(part, 2, dtype)
+    fixed = {name: kept for name, kept in _spec_of(part, context, dtype).items() if one[name] == two[name]}
     return 2 * _bytes(fixed) + 4 * window * hidden_size * dtype.itemsize if fixed else 0
 
 

@@ -12,6 +12,7 @@ from hybridlm.analysis.flops import OperationCounter, mixing_flops, product_flop
 from hybridlm.modeling import mixer_mamba, mixer_mamba2
 from hybridlm.modeling.cache_entries import fields_of
 from hybridlm.modeling.channel_moe import Experts, MoE
+from hybridlm.modeling.configuration_hybridlm import HybridLMConfig
 from hybridlm.modeling.mixer_attention import AttentionMixer
 from hybridlm.modeling.mixer_mamba import MambaMixer
 from hybridlm.modeling.mixer_mamba2 import Mamba2Mixer
@@ -227,6 +228,31 @@ def test_every_registered_mixer_can_be_counted_without_a_formula(name):
     part.hidden_size = 32
     if name != "attention":  # its reference reads values
         assert mixing_flops("mine", part, 0) >= mixing_flops(name, part, 0)
+
+
+class Brought(torch.nn.Module):
+    """The least that a part brings: a moving sum; it has no reference, and does not keep its width."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.keep = torch.nn.Parameter(torch.ones(hidden_size))
+        self.out_proj = torch.nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def init_weights(self, std):
+        """Nothing to set."""
+
+    def forward(self, hidden_states, state=None, sequence=None):
+        """Map `[B, T, D]` to `[B, T, D]`."""
+        return self.out_proj(self.keep * hidden_states + hidden_states), None
+
+
+def test_a_part_of_the_users_without_reference_width_and_state_is_planned_by_its_forward(monkeypatch):
+    monkeypatch.setitem(MIXERS, "brought", Brought)
+    specs = {"a": {"mixer": {"name": "brought"}, "channel_mixer": None}}
+    config = HybridLMConfig(layer_specs=specs, num_hidden_layers=1, hidden_size=32, vocab_size=48)
+    (layer,) = plan(config, context=16, rollback_window=4).layers
+    assert (layer.state_bytes, layer.step_flops) == (0, 2 * 32 * 32 + 2 * 32)
+    assert layer.prefill_flops == 16 * layer.step_flops
 
 
 @pytest.mark.parametrize("name", sorted(CHANNEL_MIXERS))

@@ -23,6 +23,7 @@ from hybridlm.analysis.span_rules import check_top_k
 from hybridlm.data import Documents, PackedRows, PackedStream, load_documents, load_tokenizer, pack_documents
 from hybridlm.data.documents import STDLIB, text_hash
 from hybridlm.data.tokenizer import BYTE_TOKENIZER
+from hybridlm.evaluation.runner import write_whole
 from hybridlm.hub.cards import CURVE as CURVE_FILE
 from hybridlm.hub.folder import remove_card
 from hybridlm.hub.folders import read_config
@@ -100,16 +101,18 @@ def run(
     results |= measure_heldout(run_file, trainer, tokenizer, train_data, heldout)
     if heldout and run_file.data.path == STDLIB:
         results["shared_lines"] = shared_line_fraction(documents, heldout)
-    _write_results(output_dir, results)  # should publishing fail
-    results |= _publish(run_file, trainer, tokenizer, heldout, results)
+    _write_results(output_dir, results)  # should the folder not be saved
+    results |= _save_folder(run_file, trainer, tokenizer, heldout)
     results["failures"] = unmet_demands(run_file, results)
+    _write_results(output_dir, results)  # should the card not be written
+    finish_folder(run_file, trainer.accelerator.unwrap_model(trainer.model), results)
     results["seconds"] = time.perf_counter() - started
     _write_results(output_dir, results)
     return results
 
 
 def _write_results(output_dir: Path, results: dict[str, Any]) -> None:
-    (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(output_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
 
 
 def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -255,14 +258,10 @@ def _heldout_texts(run_file: RunFile, documents: Documents) -> list[str]:
     return chosen
 
 
-def _publish(
-    run_file: RunFile,
-    trainer: HybridTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    heldout: list[str],
-    results: dict[str, Any],
+def _save_folder(
+    run_file: RunFile, trainer: HybridTrainer, tokenizer: PreTrainedTokenizerBase, heldout: list[str]
 ) -> dict[str, Any]:
-    """Save the Hub-ready folder, and check it if the run file asks for that."""
+    """Save the model's folder, all but its card, and check it if the run file asks for that."""
     options, folder = run_file.publish, Path(run_file.output_dir) / "model"
     model = trainer.accelerator.unwrap_model(trainer.model)
     remove_card(folder)
@@ -278,5 +277,4 @@ def _publish(
         text = heldout[0] if heldout else options.prompt or "hybridlm"
         input_ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]])
         published["reload"] = check_reload(folder, model, input_ids, options.prompt, options.max_new_tokens)
-    finish_folder(run_file, model, results | published)
     return published

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from hybridlm.data import build_byte_tokenizer, load_documents, pack_documents
+from hybridlm.hub.figures import CardError
 from hybridlm.hub.publish import check_publishable
 from hybridlm.modeling.losses import update_selection_bias
 from hybridlm.training import EpochSampler, build_model, parameter_groups, run, summarize, train
@@ -203,6 +204,21 @@ def test_reload_check_notices_other_weights(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("hybridlm.training.job.save_hub_folder", save_other)
     results = run(run_content(corpus, tmp_path / "run", publish={"check_reload": True}, training={"max_steps": 1}))
     assert "logits differ" in results["failures"][0]
+
+
+def test_a_card_that_cannot_be_written_loses_nothing_that_was_measured(corpus, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise CardError("no card")
+
+    monkeypatch.setattr("hybridlm.training.publish.prepare", refuse)
+    content = run_content(corpus, tmp_path / "run", evaluation={"lengths": [32]}, training={"max_steps": 1})
+    with pytest.raises(CardError, match="no card"):
+        run(content)
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    monkeypatch.undo()
+    results = run(content | {"overwrite": True})
+    assert results.keys() - stored.keys() == {"seconds"}
+    assert (stored["heldout"], stored["failures"]) == (results["heldout"], [])
 
 
 def test_run_that_misses_its_demand_ends_with_status_one_and_says_why(corpus, tmp_path, capsys):

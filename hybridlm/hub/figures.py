@@ -5,6 +5,7 @@ the value in a form, with the file and the JSON pointer that it came from. Text 
 figure after figure: whatever digit is left over has no source.
 """
 
+import html
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,11 @@ from typing import Any
 from hybridlm.evaluation import tables
 from hybridlm.testing.report import Report
 
-_SIGNS = "+-−.,"  # before a number they would change it
-_UNITS = "%‰"  # and these after it
+_UNSEEN = r"*_`\\\u200b-\u200d\u2060\ufeff"  # what may stand between a number and what changes it
+_SIGN = re.compile(rf"[-+−‐‑‒–—﹣－.,][{_UNSEEN}]*\Z")
+_UNIT = re.compile(rf"[\s{_UNSEEN}]*(?:[%‰‱％]|(?:per ?cent|thousand|million|billion|trillion)\b)")
+_TAG = re.compile(r"<[^<>]*>")
+_NEAR = 200  # characters beside a number that are looked at
 
 
 class CardError(ValueError):
@@ -277,10 +281,12 @@ def _difference(text: str, position: int, stray: int, expected: str) -> tuple[in
 
 def _is_changed(text: str, start: int, end: int) -> bool:
     """Whether what stands around a figure gives it another meaning."""
-    if text[start].isnumeric() and start and (text[start - 1] in _SIGNS or text[start - 1].isnumeric()):
+    before, after = (
+        html.unescape(_TAG.sub("", near)) for near in (text[max(0, start - _NEAR) : start], text[end : end + _NEAR])
+    )
+    if text[start].isnumeric() and (before[-1:].isnumeric() or _SIGN.search(before)):
         return True
-    after = text[end:].lstrip(" ")[:1]
-    return text[end - 1].isnumeric() and ((text[end : end + 1] or " ").isalnum() or (after != "" and after in _UNITS))
+    return text[end - 1].isnumeric() and (text[end : end + 1].isalnum() or _UNIT.match(after) is not None)
 
 
 def _first_digit(text: str, start: int, stop: int) -> int | None:

@@ -15,7 +15,6 @@ from torch.utils.data import default_collate
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from hybridlm.data import PackedRows, build_byte_tokenizer
-from hybridlm.hub.cards import render_card
 from hybridlm.presets import data_path
 from hybridlm.training import (
     CheckpointError,
@@ -403,38 +402,3 @@ def test_loss_curve_is_a_picture_and_says_what_is_missing(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hybridlm\[plot\]'"):
         plot_loss_curve(history, tmp_path / "other.png")
-
-
-def test_model_card_holds_the_measured_numbers_and_a_header_the_hub_reads():
-    from huggingface_hub import ModelCard
-
-    facts = {
-        "name": "demo",
-        "parameters": 1234567,
-        "layers": [{"recipe": "ssm", "mixer": "mamba", "channel_mixer": "moe"}],
-        "heldout": [{"length": 64, "bits_per_byte": 2.34567, "num_bytes": 999, "num_documents": 7}],
-        "ngrams": [{"order": 1, "bits_per_byte": 3.5}],
-        "bytes_seen": 4321,
-        "curve": "loss_curve.png",
-        "data": {"path": "stdlib", "manifest_hash": "ab" * 32, "num_documents": 11, "length": 64},
-        "tokens_seen": 5000,
-        "training": {"steps": 3, "rows_per_step": 4, "learning_rate": 0.001, "schedule": "cosine", "seconds": 9.0}
-        | {"device": "1 CPU thread", "seed": 0},
-        "versions": {"python": "3.11"},
-        "shared_lines": 0.25,
-    }
-    text = render_card(facts)
-    for figure in (
-        "1,234,567",
-        "2.3457",
-        "3.5000",
-        "4,321",
-        "ab" * 32,
-        "loss_curve.png",
-        "25 %",
-        "| 0 | ssm | mamba |",
-    ):
-        assert figure in text, figure
-    card = ModelCard(text)
-    assert card.data.eval_results[0].metric_value == 2.3457
-    assert "mamba" in card.data.tags

@@ -101,9 +101,19 @@ def read_golden(folder: Path) -> Golden:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("input_ids", "positions", "logits")}
             said = json.loads((file.metadata() or {})["golden"])
-        return Golden(**tensors, tolerance=said["tolerance"], weights=said["weights"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        golden = Golden(**tensors, tolerance=said["tolerance"], weights=said["weights"])
+        _check_shapes(golden)
+        return golden
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{GOLDEN}: not readable: {error}") from error
+
+
+def _check_shapes(golden: Golden) -> None:
+    ids, positions, logits = golden.input_ids, golden.positions, golden.logits
+    fits = ids.ndim == logits.ndim == 2 and len(ids) == 1 and positions.shape == logits.shape[:1] and logits.numel()
+    if not fits or not 0 <= int(positions.min()) <= int(positions.max()) < ids.shape[1]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (ids, positions, logits))
+        raise ValueError(f"input_ids, positions and logits of shapes {shapes}, expected [1, T], [P] below T, [P, V]")
 
 
 def wrong_hashes(folder: Path, golden: Golden) -> list[str]:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .cards import LEDGER, template_text
-from .figures import read_json
+from .figures import CardError, read_json
 from .golden import file_hash, read_golden
 from .safety import folder_files, secrets, too_large
 from .verify import load_problems, verify
@@ -57,10 +57,12 @@ def check_publishable(folder: str | Path, *, run: bool = True) -> list[str]:
 
 def _outdated(folder: Path) -> list[str]:
     """Whether the card is of another template, so that its list of figures cannot be compared."""
-    if not (folder / LEDGER).is_file():
+    try:
+        ledger = read_json(folder / LEDGER)
+    except CardError:
         return []  # which was said
     digest = hashlib.sha256(template_text().encode()).hexdigest()
-    if read_json(folder / LEDGER).get("template") == digest:
+    if not isinstance(ledger, dict) or ledger.get("template") == digest:
         return []
     return [f"{LEDGER}: the card was rendered from another template; `hybridlm card FOLDER` renders it again"]
 

@@ -19,14 +19,20 @@ KNOWN = {".json", ".jsonl", ".md", ".py", ".safetensors", ".txt", ".yaml", ".yml
 NAMES = {"LICENSE", "NOTICE", ".gitattributes"}  # files without a suffix
 BINARY = {".safetensors", ".png", ".npy", ".model"}
 MAX_FILE_BYTES, MAX_TOTAL_BYTES = 50 * 10**9, 300 * 10**9
+# what `hf download` and git leave in a folder, and `HfApi.upload_folder` leaves out
+_LEFT_OUT = ("/.cache/huggingface/", "/.git/")
 _READ = 1 << 20
 
 SECRETS = {
-    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{24,}\b|\bapi_org_[A-Za-z0-9]{24,}\b"),
+    "a Hugging Face token": re.compile(
+        r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{24,}\b|hf_(?:oauth|jwt)_[A-Za-z0-9_.-]{20,})"
+    ),
     "an AWS access key": re.compile(r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b"),
     "an AWS secret key": re.compile(r"(?i)aws.{0,20}?secret.{0,20}?[=:\"'\s]+[A-Za-z0-9/+=]{40}(?![A-Za-z0-9/+=])"),
     "a private key": re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY"),
     "a GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})\b"),
+    "a GitLab token": re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}"),
+    "a Weights & Biases key": re.compile(r"(?i)wandb.{0,20}?key[=:\"'\s]+[0-9a-f]{40}\b"),
     "a Google API key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}\b"),
     "a Slack token": re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{20,}\b"),
     "an API key": re.compile(r"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}\b"),
@@ -34,8 +40,13 @@ SECRETS = {
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """Every file and link below a folder, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    """Every file and link below a folder that would be uploaded, in order."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path for path in found if not any(part in _place(path, folder) for part in _LEFT_OUT))
+
+
+def _place(path: Path, folder: Path) -> str:
+    return f"/{path.relative_to(folder).as_posix()}/"
 
 
 def unsafe_files(folder: Path) -> Iterator[str]:
@@ -72,9 +83,11 @@ def _reason_against(path: Path) -> str:
             return f"no safetensors file: {error}"
     elif path.suffix not in BINARY:
         try:
-            path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             return "not text, which its name promises"
+        if "\0" in text:  # of UTF-16, say, in which no secret would be found
+            return "not text in UTF-8, which its name promises"
     return ""
 
 
@@ -87,7 +100,10 @@ def pickle_reason(path: Path) -> str:
     if head.startswith(b"\x93NUMPY"):
         return "a NumPy array of objects, which is a pickle" if _holds_objects(head) else ""
     if zipfile.is_zipfile(path):
-        names = zipfile.ZipFile(path).namelist()
+        try:
+            names = zipfile.ZipFile(path).namelist()
+        except zipfile.BadZipFile:
+            return "an archive that is torn"
         return "a PyTorch archive with a pickle" if any(name.endswith("data.pkl") for name in names) else "an archive"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")) or head[257:262] == b"ustar":
         return "an archive, whose content cannot be checked"
@@ -151,9 +167,10 @@ def _secrets_in(path: Path, own: Sequence[str]) -> Iterator[tuple[int, str]]:
         for kind in _kinds(line, own):
             found = True
             yield number, kind
-    if not found and path.suffix == ".json":  # JSON may write any character as an escape
+    if not found and path.suffix in (".json", ".jsonl"):  # JSON may write any character as an escape
         try:
-            values = list(_texts(json.loads(text)))
+            parts = [text] if path.suffix == ".json" else filter(str.strip, text.splitlines())
+            values = [value for part in parts for value in _texts(json.loads(part))]
         except (json.JSONDecodeError, RecursionError):
             return
         yield from dict.fromkeys((0, kind) for value in values for kind in _kinds(value, own))

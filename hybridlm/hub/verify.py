@@ -93,6 +93,9 @@ def card_problems(folder: Path) -> Iterator[str]:
         yield from _card_problems(folder)
     except (ValueError, OSError) as error:  # CardError is a ValueError
         yield str(error)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        yield f"{LEDGER}, or a file that it names, is not as `hybridlm card` writes it: {reason}"
 
 
 def _card_problems(folder: Path) -> Iterator[str]:

@@ -174,6 +174,19 @@ def boasting_facts(folder):
     rehash(folder, "results/facts.json")
 
 
+def empty_results(folder):
+    (folder / "results/babi.json").write_text('{"kind": "eval"}')
+    rehash(folder, "results/babi.json")
+
+
+def cut_golden(folder):
+    golden = read_golden(folder)
+    tensors = {"input_ids": golden.input_ids, "positions": golden.positions[:0], "logits": golden.logits[:0]}
+    said = json.dumps({"tolerance": golden.tolerance, "weights": golden.weights})
+    save_file(tensors, folder / GOLDEN, metadata={"golden": said})
+    rehash(folder, GOLDEN)
+
+
 def drop_label(folder):
     edit(folder / "README.md", "at chance (", "(", -1)
 
@@ -194,6 +207,10 @@ REFUSED = {
         lambda f: (f / "results/babi.json").unlink(),
         r"results/babi.json: missing, and the card's numbers come from it",
     ),
+    "list of nothing": (lambda f: (f / LEDGER).write_text("{}"), r"results/card.json, .* not as .*KeyError: 'name'"),
+    "list that is none": (lambda f: (f / LEDGER).write_text("[]"), "results/card.json, .* not as .*TypeError"),
+    "torn list": (lambda f: (f / LEDGER).write_text("{"), "results/card.json: not JSON"),
+    "results without a model": (lambda f: empty_results(f), r"results/card.json, .* not as .*KeyError"),
     "deleted list": (lambda f: (f / LEDGER).unlink(), r"results/card.json: missing, so no number of README.md has"),
     "no card": (lambda f: (f / "README.md").unlink(), "README.md: missing"),
     "results that the card lacks": (
@@ -231,6 +248,15 @@ REFUSED = {
     "hidden file": (lambda f: (f / ".env.txt").write_text("a"), r".env.txt: a hidden file"),
     "unknown kind": (lambda f: (f / "model.gguf").write_bytes(b"GGUF"), "model.gguf: not a kind of file"),
     "no text": (lambda f: (f / "merges.txt").write_bytes(b"\xff\xfe\x00a"), "merges.txt: not text"),
+    "text of another encoding": (
+        lambda f: (f / "merges.txt").write_bytes(f"login: {TOKEN}".encode("utf-16-le")),
+        "merges.txt: not text",
+    ),
+    "torn archive": (
+        lambda f: (f / "merges.txt").write_bytes(b"a" * 50 + b"PK\x05\x06" + b"\xff" * 16 + b"\0\0"),
+        "merges.txt: an archive",
+    ),
+    "empty golden logits": (lambda f: cut_golden(f), f"{GOLDEN}: not readable: "),
     "torn weights": (lambda f: (f / "x.safetensors").write_bytes(b"1234567890"), "x.safetensors: no safetensors file"),
 }
 
@@ -323,6 +349,11 @@ SECRETS = {
     "e.json": '{"pem": "\\u002d----BEGIN PRIVATE ' + 'KEY-----"}',
     "f.json": json.dumps({"t": TOKEN}).replace("hf_", "\\u0068f_"),
     "g.txt": "ghp_" + "a1" * 20,
+    "g1.jsonl": "{}\n" + json.dumps({"t": TOKEN}).replace("hf_", "\\u0068f_"),
+    "g2.sh.txt": f"export TOKEN_{TOKEN}",
+    "g3.txt": "hf_oauth_" + "eyJ" * 10,
+    "g4.yaml": "WANDB_API_KEY: " + "a1" * 20,
+    "g5.txt": "glpat-" + "a1" * 10,
 }
 
 
@@ -336,6 +367,18 @@ def test_secrets_are_found_in_every_text_and_never_repeated(tmp_path):
     assert [problem.split(":")[0].split(",")[0] for problem in found] == [*SECRETS, "h.safetensors", "i.txt"]
     for text in (TOKEN, "plain-words", "AKIA" + "A1" * 8):
         assert text not in " ".join(found)
+
+
+def test_what_a_download_leaves_behind_is_neither_uploaded_nor_in_the_way(folder):
+    shown = uploads(folder)
+    for place in (".cache/huggingface", ".cache/huggingface/download", ".git"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / ".gitignore").write_text("*")
+        (folder / place / "config.json.metadata").write_text("0\n0\n1.0\n")
+    assert check_publishable(folder, run=False) == []
+    assert uploads(folder) == shown
+    (folder / ".cache" / "a.txt").write_text("a")
+    assert ".cache/a.txt" in {file.path for file in uploads(folder)}
 
 
 def test_links_out_of_the_folder_are_refused_and_links_inside_are_not(folder, tmp_path):

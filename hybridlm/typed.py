@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -72,6 +73,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         if origin is not None:
             continue
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):  # no comparison would refuse NaN
+                raise ValueError(f"{path}: {value}, expected a finite number")
             return float(value)
         if option is int and isinstance(value, bool):
             continue

@@ -13,6 +13,7 @@ INITIALISATIONS = ("uniform", "config")
 SCHEDULES = ("cosine", "constant")
 MATCHED = ("parameters", "state_bytes", "flops")
 MOST_STEPS = 10**6  # seeds of rows would run into one another
+MOST_SEEDS = 1000  # and into that of the rows that are tested
 QUICK_STEPS, QUICK_ROWS = 20, 32
 
 
@@ -251,6 +252,8 @@ def _check(race: Race) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name}: {value}, expected at least 1")
+    if race.seeds > MOST_SEEDS:
+        raise ValueError(f"seeds: {race.seeds}, expected at most {MOST_SEEDS}")
     if not 1 <= training.steps < MOST_STEPS:
         raise ValueError(f"training.steps: {training.steps}, expected 1 to {MOST_STEPS - 1}")
     if not 0 <= training.warmup_steps <= training.steps:
@@ -270,6 +273,8 @@ def _check(race: Race) -> None:
             raise ValueError(f"reading.lengths: {length}, expected at least 1")
     _check_arms(race)
     _check_match(race)
+    if not race.ordering.demands:  # nothing would show, whatever happens
+        raise ValueError("ordering.demands: empty, expected at least one")
     for place, demand in enumerate(race.ordering.demands):
         _check_demand(race, demand, f"ordering.demands.{place}")
 

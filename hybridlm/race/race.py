@@ -108,6 +108,9 @@ def save_winner(race: Race, entrant: Entrant, folder: Path, arm: str, seed: int,
     model.eval().save_pretrained(partial_path)
     task = {"task": race.task.name, "length": race.task.length, "options": race.task.options}
     write_whole(partial_path / "task.json", json.dumps(task | {"arm": arm, "seed": seed}, indent=1) + "\n")
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     partial_path.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

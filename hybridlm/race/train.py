@@ -129,7 +129,7 @@ def run_hash(race: Race, entrant: Entrant, seed: int) -> str:
 def code_hash() -> str:
     """Of the modules that a run executes."""
     package, digest = Path(hybridlm.__file__).parent, hashlib.sha256()
-    here = [Path(__file__), Path(__file__).with_name("arms.py")]
+    here = [Path(__file__), *(Path(__file__).with_name(name) for name in ("arms.py", "file.py"))]
     data = [package / "data" / "recall.py", package / "evaluation" / "symbols.py"]
     for path in [*sorted((package / "modeling").glob("*.py")), *data, *here]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -64,6 +64,9 @@ def written(tmp_path, **changes):
         ({"task__rows": 0}, "task.rows: 0, expected at least 1"),
         ({"training__steps": 0}, "training.steps: 0, expected 1 to"),
         ({"training__warmup_steps": 21}, "training.warmup_steps: 21, expected 0 to steps=20"),
+        ({"seeds": 1001}, "seeds: 1001, expected at most 1000"),
+        ({"training__learning_rate": float("nan")}, "training.learning_rate: nan, expected a finite number"),
+        ({"training__weight_decay": float("inf")}, "training.weight_decay: inf, expected a finite number"),
         ({"training__learning_rate": 0}, "training.learning_rate: 0.0, expected above 0"),
         ({"training__schedule": "linear"}, "training.schedule: unknown 'linear', expected one of"),
         ({"model__linear_init": "normal"}, "model.linear_init: unknown 'normal', expected one of"),
@@ -85,6 +88,7 @@ def written(tmp_path, **changes):
         ({"ordering__demands": [{"arm": "hybrid"}]}, "ordering.demands.0: demands nothing"),
         ({"ordering__demands": [{"arm": "hybrid", "step": 7, "least": 1}]}, "demands.0.step: 7 is not read"),
         ({"ordering__demands": [{"arm": "hybrid", "length": 7, "least": 1}]}, "demands.0.length: 7 is not tested"),
+        ({"ordering__demands": []}, "ordering.demands: empty, expected at least one"),
         ({"ordering__demands": [3]}, "ordering.demands.0: expected keys and values, got 3"),
     ],
 )

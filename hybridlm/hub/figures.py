@@ -147,7 +147,9 @@ def derive(data: Any, form: str, pointer: str, file: str) -> str | int | float:
         raise CardError(f"{file}#{pointer}: there is no such value")
     try:
         return FORMS[form](value, path[-1] if path else "")
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except KeyError as error:
+        raise CardError(f"{file}#{pointer}: form {form!r} does not take it: {error} is missing") from error
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise CardError(f"{file}#{pointer}: form {form!r} does not take it: {error}") from error
 
 

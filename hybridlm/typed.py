@@ -5,27 +5,55 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+MERGE = "tag:yaml.org,2002:merge"
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The content of a YAML file of keys and values.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file holds something else, or a key twice.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        twice = next(_keys_twice(loader, node, "", set()), None)
+        content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
+    if twice is not None:  # YAML would keep the last one
+        raise ValueError(f"{path}: {twice}, expected once")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(content).__name__}")
     return content
+
+
+def _keys_twice(loader: yaml.SafeLoader, node: yaml.Node | None, path: str, seen: set[int]) -> Iterator[str]:
+    """Keys that are written twice in one place, as the beginning of an error; what `<<` merges may be given again."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for place, item in enumerate(node.value):
+            yield from _keys_twice(loader, item, f"{path}{place}.", seen)
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+            yield from _keys_twice(loader, value, path, seen)
+            continue
+        name, line = str(loader.construct_object(key)), key.start_mark.line + 1
+        if name in lines:
+            yield f"{path}{name}: stands twice, in lines {lines[name]} and {line}"
+        lines[name] = line
+        yield from _keys_twice(loader, value, f"{path}{name}.", seen)
 
 
 def build(kind: type, content: Any, path: str = "") -> Any:

@@ -12,6 +12,7 @@ from hybridlm.evaluation import runs as evaluation_runs
 from hybridlm.evaluation.symbols import token_rows
 from hybridlm.race import load_race, race_names, report, train
 from hybridlm.race.arms import build_model, check_rows, enter
+from hybridlm.typed import read_yaml
 
 CONTENT = {
     "title": "a small race",
@@ -120,6 +121,36 @@ def test_a_race_that_does_not_exist_is_refused_with_the_nearest(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="expected keys and values, got list"):
         load_race(tmp_path / "list.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_place(tmp_path):
+    path = written(tmp_path)
+    path.write_text(path.read_text().replace("  steps: 20\n", "  steps: 20\n  steps: 30\n"))
+    lines = path.read_text().splitlines()
+    first = lines.index("  steps: 20") + 1
+    said = rf"race.yaml: training.steps: stands twice, in lines {first} and {first + 1}, expected once"
+    with pytest.raises(ValueError, match=said):
+        load_race(path)
+    for text, place in (("a: 1\nb: 2\na: 1", "a"), ("a: [{b: 1, b: 2}]", "a.0.b"), ("a: {1: x, '1': y}", "a.1")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"race.yaml: {place}: stands twice"):
+            read_yaml(path)
+
+
+def test_merged_keys_may_be_given_again(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "base: &base {a: 1, b: 2}\n"
+        "next: &next\n  <<: *base\n  b: 3\n"
+        "last: {<<: [*next, *base], a: 4}\n"
+        "again: [*next, *next]\n"
+        "round: &round {self: *round}\n"
+    )
+    content = read_yaml(path)
+    assert content.pop("round").keys() == {"self"}
+    assert content == {
+        "base": {"a": 1, "b": 2}, "next": {"a": 1, "b": 3}, "last": {"a": 4, "b": 3}, "again": [{"a": 1, "b": 3}] * 2,
+    }  # fmt: skip
 
 
 def test_quick_is_the_same_race_with_few_steps_and_demands_that_can_be_read():

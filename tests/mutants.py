@@ -80,14 +80,21 @@ def mixers():
     return list(BASES)
 
 
-def mutants(mixer):
-    """The cells of a mixer: `(mixer, guard)`, where a guard may name a half: `"initial_state/convolution"`."""
+def built(mixer):
+    """A mixer as its variant builds it."""
     from variants import MIXER_VARIANTS, build
 
-    part = build([(MIXER_VARIANTS[mixer], None)]).model.layers[0].mixer
+    return build([(MIXER_VARIANTS[mixer], None)]).model.layers[0].mixer
+
+
+def mutants(mixer):
+    """The cells of a mixer: `(mixer, guard)`, where a guard may name a half: `"initial_state/convolution"`."""
+    import torch
+
+    part = built(mixer)
     halves = () if getattr(part, "conv1d", None) is None else HALVES
-    if hasattr(part, "window"):  # attention without its convolution has cells of its own
-        halves = halves[:1]
+    if halves and "recurrent_states" not in part.state_spec(1, torch.float32):
+        halves = halves[:1]  # attention without its convolution, and memories, have cells of their own
     cells = []
     for guard in GUARDS:
         cells.append((mixer, guard))
@@ -127,11 +134,8 @@ def without_state(state, half):
 
 def break_forward(mixer, guard, half):
     """Patch the mixer's class; instances of another variant of it (attention with a window) are left alone."""
-    from variants import MIXER_VARIANTS
 
-    from hybridlm import MIXERS
-
-    part, window = MIXERS[MIXER_VARIANTS[mixer]["name"]], MIXER_VARIANTS[mixer].get("window")
+    part, window = type(built(mixer)), getattr(built(mixer), "window", None)
     forward = part.forward
 
     def broken(self, hidden_states, state=None, sequence=None):
@@ -272,14 +276,12 @@ def break_border(part, sequence, half):
 
 def break_rollback(mixer):
     """Let `crop` keep the state that counts the removed tokens in."""
-    from variants import MIXER_VARIANTS
 
-    from hybridlm import MIXERS
     from hybridlm.modeling.cache_entries import AttentionEntry, RecurrentEntry
 
     if mixer == "attention":
         AttentionEntry.rollback = lambda *_: None
-    part, window = MIXERS[MIXER_VARIANTS[mixer]["name"]], MIXER_VARIANTS[mixer].get("window")
+    part, window = type(built(mixer)), getattr(built(mixer), "window", None)
     run = RecurrentEntry.run
 
     def broken(self, module, hidden_states, sequence):

@@ -188,6 +188,12 @@ def test_a_model_without_tokenizer_is_scored_on_its_own_task(tmp_path):
     assert all(len(row) == 7 for row in rows(results))
 
 
+def test_lengths_are_refused_where_they_would_change_nothing(tmp_path):
+    found = lookup_with_task(tmp_path, task="mad_in_context_recall", length=32, options={"vocabulary_size": 32})
+    with pytest.raises(ValueError, match="--lengths: .* has a task of its own"):
+        evaluate(found, Settings(suite="recall", lengths=(4096,), samples=20, generated=0), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

@@ -23,7 +23,8 @@ def race(
     """
     from .race import load_race, race_names, run_race
     from .race.arms import enter
-    from .race.report import recipe_lines, table
+    from .race.file import in_file
+    from .race.report import table
     from .testing.base import quiet
 
     if list_all:
@@ -35,12 +36,11 @@ def race(
     chosen = load_race(file, seeds=seeds, quick=quick)
     name = Path(file).stem
     folder = Path(out or f"outputs/races/{name}{'_quick' if quick else ''}")
-    typer.echo(f"{name}: {chosen.title}")
-    for line in recipe_lines(chosen, enter(chosen)):
-        typer.echo(f"  {line}")
+    with in_file(file):
+        entrants = enter(chosen)
     _log_to_stderr()
     with quiet():
-        results = run_race(chosen, name, folder, jobs, typer.echo)
+        results = run_race(chosen, name, folder, jobs, typer.echo, entrants)
     typer.echo(table(chosen, results["arms"]))
     for line in results["summary"]:
         typer.echo(line)

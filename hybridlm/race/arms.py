@@ -63,7 +63,7 @@ def build_arm(race: Race, name: str) -> HybridLMConfig:
     """The config of an arm as the file says it, with all options written out.
 
     Raises:
-        ValueError: The arm cannot be built; the message starts with its path.
+        ValueError: The arm cannot be built; the message starts with its path, or with that of one of its parts.
     """
     arm, shared = race.arms[name], race.model
     specs = {key: _layer(part, shared.channel_mixer) for key, part in race.parts.items()}
@@ -76,8 +76,20 @@ def build_arm(race: Race, name: str) -> HybridLMConfig:
         config.layer_specs = {key: spec for key, spec in config.layer_specs.items() if key in config.layer_layout}
         resolve_config(config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"arms.{name}: {error}") from error
+        raise ValueError(_placed(race, name, str(error))) from error
     return config
+
+
+def _placed(race: Race, name: str, error: str) -> str:
+    """An error of an arm, with the place of the race file that it is about."""
+    for key, part in race.parts.items():
+        own = {"mixer": f"parts.{key}", "channel_mixer": "model.channel_mixer"}
+        for half, place in own.items():
+            start = f"layer_specs.{key}.{half}"
+            if error.startswith((f"{start}.", f"{start}:")):
+                place = f"parts.{key}.{half}" if "mixer" in part else place
+                return f"{place}{error.removeprefix(start)} (in arms.{name})"
+    return f"arms.{name}: {error}"
 
 
 def _layer(part: dict[str, Any], channel_mixer: dict[str, Any] | None) -> dict[str, Any]:
@@ -137,7 +149,7 @@ def enter(race: Race) -> dict[str, Entrant]:
         try:
             figures[name] = measure(config, length, context)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"arms.{name}: {error}") from error
+            raise ValueError(_placed(race, name, str(error))) from error
     steps, matched = dict.fromkeys(configs, race.training.steps), {}
     if match is not None:
         by_arm = {name: figures[name][match.what] for name in configs}

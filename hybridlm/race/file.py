@@ -1,6 +1,8 @@
 """A race file: which arms learn which task under which recipe, in YAML, checked before anything starts."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -229,11 +231,30 @@ def load_race(source: str | Path, *, seeds: int | None = None, quick: bool = Fal
         FileNotFoundError: There is no such race.
         ValueError: With the path of what is unknown, missing or not allowed.
     """
-    race = build(Race, read_yaml(find_race(source)))
     if seeds is not None:
-        race.seeds = seeds
-    _check(race)
+        _check_seeds("--seeds", seeds)
+    content = read_yaml(find_race(source))
+    with in_file(source):
+        race = build(Race, content)
+        race.seeds = race.seeds if seeds is None else seeds
+        _check(race)
     return _shorten(race, seeds) if quick else race
+
+
+@contextmanager
+def in_file(source: str | Path) -> Iterator[None]:
+    """Name the race file in errors about what it says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _check_seeds(name: str, seeds: int) -> None:
+    if seeds < 1:
+        raise ValueError(f"{name}: {seeds}, expected at least 1")
+    if seeds > MOST_SEEDS:
+        raise ValueError(f"{name}: {seeds}, expected at most {MOST_SEEDS}")
 
 
 def _check(race: Race) -> None:
@@ -242,8 +263,9 @@ def _check(race: Race) -> None:
     training, reading = race.training, race.reading
     _one_of("model.linear_init", race.model.linear_init, INITIALISATIONS)
     _one_of("training.schedule", training.schedule, SCHEDULES)
+    _check_seeds("seeds", race.seeds)
     at_least_one = {
-        "seeds": race.seeds, "task.length": race.task.length, "model.vocab_size": race.model.vocab_size,
+        "task.length": race.task.length, "model.vocab_size": race.model.vocab_size,
         "model.hidden_size": race.model.hidden_size, "training.batch_size": training.batch_size,
         "reading.every": reading.every, "reading.rows": reading.rows,
     }  # fmt: skip
@@ -252,8 +274,6 @@ def _check(race: Race) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name}: {value}, expected at least 1")
-    if race.seeds > MOST_SEEDS:
-        raise ValueError(f"seeds: {race.seeds}, expected at most {MOST_SEEDS}")
     if not 1 <= training.steps < MOST_STEPS:
         raise ValueError(f"training.steps: {training.steps}, expected 1 to {MOST_STEPS - 1}")
     if not 0 <= training.warmup_steps <= training.steps:

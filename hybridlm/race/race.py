@@ -15,13 +15,20 @@ from hybridlm.evaluation.runs import describe_machine, run_all, write_results
 from .arms import Entrant, build_model, enter
 from .file import Race, recipe
 from .plots import NAMES, draw
-from .report import chance_at, judge, sentences, summarize, winner
+from .report import chance_at, judge, recipe_lines, sentences, summarize, winner
 from .train import finish, load_weights, logger, weights_path
 
 RESULTS, WINNER = "race.json", "winner"
 
 
-def run_race(race: Race, name: str, out: str | Path, jobs: int = 2, tell: Callable[[str], None] | None = None) -> dict:
+def run_race(
+    race: Race,
+    name: str,
+    out: str | Path,
+    jobs: int = 2,
+    tell: Callable[[str], None] | None = None,
+    entrants: dict[str, Entrant] | None = None,
+) -> dict[str, Any]:
     """Run a race, or the rest of it.
 
     Args:
@@ -29,7 +36,8 @@ def run_race(race: Race, name: str, out: str | Path, jobs: int = 2, tell: Callab
         name: What the results call it.
         out: Folder for `race.json`, the plots and the winner; runs go into `runs/`.
         jobs: Processes, of one thread each.
-        tell: Called with a line before the runs start, and where a plot is missing.
+        tell: Called with lines: the recipe before the runs start, and where a plot is missing.
+        entrants: Of the race, where they are built already.
 
     Returns:
         What `race.json` holds.
@@ -42,13 +50,14 @@ def run_race(race: Race, name: str, out: str | Path, jobs: int = 2, tell: Callab
     """
     if jobs < 1:
         raise ValueError(f"--jobs: {jobs}, expected at least 1")
-    entrants = enter(race)
+    entrants = enter(race) if entrants is None else entrants
     about = describe(race, name, entrants, jobs)
     out = writable_folder(out)
     check_free(out / RESULTS, about)
     started = time.perf_counter()
     folder = out / "runs"
     if tell is not None:
+        tell("\n  ".join([f"{name}: {race.title}", *recipe_lines(race, entrants)]))
         tell(f"{len(race.arms)} arms, {race.seeds} seeds, {jobs} processes; finished runs are kept in {folder}")
     found = run_all(partial(finish, race, entrants, folder), list(race.arms), race.seeds, jobs, logger)
     arms = summarize(race, entrants, found)

@@ -4,7 +4,8 @@ import math
 from statistics import fmean
 from typing import Any
 
-from hybridlm.evaluation.runs import ABOVE_CHANCE, group_by_arm, mean_and_error, read_out
+from hybridlm.evaluation.chance import NUM_ERRORS
+from hybridlm.evaluation.runs import group_by_arm, mean_and_error, read_out
 from hybridlm.evaluation.symbols import token_rows
 
 from .arms import TEST_SEED, Entrant
@@ -215,7 +216,7 @@ def table(race: Race, arms: dict[str, Any]) -> str:
         lines.append(f"{'at the end':{width}}" + "".join(f" {f'{length} tokens':>15}" for length in race.lengths))
         for name, arm in arms.items():
             lines.append(f"{name:{width}}" + "".join(f" {_cell(score):>15}" for score in arm["lengths"].values()))
-    return "\n".join([*lines, f"* not {ABOVE_CHANCE:g} standard errors above chance"])
+    return "\n".join([*lines, f"* not {NUM_ERRORS} standard errors above chance"])
 
 
 def _cell(score: dict[str, Any]) -> str:

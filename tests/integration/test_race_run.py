@@ -192,7 +192,7 @@ def test_a_killed_race_that_is_started_again_gives_the_same_results(whole, tmp_p
         (("defualt",), "defualt: no such race, file or folder; did you mean one of ['default']?"),
         ((), "FILE: missing, expected a path or one of ['default', "),
         (("default", "--jobs", "0"), "--jobs: 0, expected at least 1"),
-        (("default", "--seeds", "0"), "seeds: 0, expected at least 1"),
+        (("default", "--seeds", "0"), "--seeds: 0, expected at least 1"),
     ],
 )
 def test_a_wrong_command_is_one_line_that_says_what_is_allowed(tmp_path, arguments, message):
@@ -200,14 +200,15 @@ def test_a_wrong_command_is_one_line_that_says_what_is_allowed(tmp_path, argumen
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
     assert not (tmp_path / "out" / "race.json").exists()
 
 
-def test_an_arm_that_cannot_be_matched_is_named(tmp_path):
+def test_an_arm_that_cannot_be_matched_is_named_with_its_file(tmp_path):
     match = {"what": "state_bytes", "of": "attention"}
     result = run(written(tmp_path, match=match), "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert "arms.sum: cannot be matched to" in result.stderr
+    assert f"{tmp_path / 'small.yaml'}: arms.sum: cannot be matched to" in result.stderr
 
 
 def test_results_of_another_race_are_not_written_over_and_a_file_is_no_folder(whole, tmp_path):
@@ -221,6 +222,7 @@ def test_results_of_another_race_are_not_written_over_and_a_file_is_no_folder(wh
     result = run(written(tmp_path), "--out", tmp_path / "file")
     assert result.exit_code == 2
     assert "is no folder that can be written to" in result.stderr
+    assert result.stdout == ""
 
 
 def test_the_races_of_the_package_are_listed():

@@ -94,16 +94,23 @@ def written(tmp_path, **changes):
     ],
 )
 def test_a_wrong_file_is_an_error_that_names_the_place_and_what_is_allowed(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        load_race(written(tmp_path, **changes))
+    path = written(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load_race(path)
+    assert str(error.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"arms__hybrid__layers": "MB"}, "arms.hybrid: pattern 'MB', position 1: unknown 'B'"),
-        ({"parts__M__name": "mamba3"}, "arms.hybrid: layer_specs.M.mixer.name: unknown 'mamba3'"),
-        ({"parts__M__states": 3}, "arms.hybrid: layer_specs.M.mixer: unknown option 'states'"),
+        ({"parts__M__name": "mamba3"}, "^parts.M.name: unknown 'mamba3'.*in arms.hybrid"),
+        ({"parts__M__states": 3}, "^parts.M: unknown option 'states'.*in arms.hybrid"),
+        (
+            {"parts__none__channel_mixer__wide": 3, "arms__sole": {"layers": ["none"]}},
+            "^parts.none.channel_mixer: unknown option 'wide'.*in arms.sole",
+        ),
+        ({"model__channel_mixer__wide": 3}, "^model.channel_mixer: unknown option 'wide'.*in arms.attention"),
         ({"arms__hybrid__fields": {"spanns": []}}, "arms.hybrid: spanns: unknown key"),
         ({"model__vocab_size": 15}, "model.vocab_size: 15, but mqar at 16 tokens has symbol 15, expected at least 16"),
         ({"task__options": {"pairs": 3}}, "task.options: mqar at 16 tokens: .*'pairs'"),
@@ -151,6 +158,12 @@ def test_merged_keys_may_be_given_again(tmp_path):
     assert content == {
         "base": {"a": 1, "b": 2}, "next": {"a": 1, "b": 3}, "last": {"a": 4, "b": 3}, "again": [{"a": 1, "b": 3}] * 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("seeds", "allowed"), [(0, "at least 1"), (1001, "at most 1000")])
+def test_a_wrong_number_of_seeds_is_of_the_command_and_not_of_the_file(seeds, allowed):
+    with pytest.raises(ValueError, match=f"^--seeds: {seeds}, expected {allowed}"):
+        load_race("default", seeds=seeds)
 
 
 def test_quick_is_the_same_race_with_few_steps_and_demands_that_can_be_read():

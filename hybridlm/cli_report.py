@@ -31,7 +31,9 @@ def report(runs: Runs, out: Out, title: Title = "") -> None:
         typer.echo(f"left out, since they hold no results: {named}")
     kinds = [source.kind for source in made.sources]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    typer.echo(f"read {len(kinds)} file{'s' * (len(kinds) != 1)}: {counts}")
+    copies = sum(len(source.copies) for source in made.sources)
+    left_out = f"; left out as copies: {copies}" if copies else ""
+    typer.echo(f"read {len(kinds)} file{'s' * (len(kinds) != 1)}: {counts}{left_out}")
     if pictures:
         typer.echo(f"wrote {page} and {len(pictures)} pictures")
     elif made.charts:

@@ -98,7 +98,7 @@ def _models(scored: Sequence[Scored]) -> Table:
 def _sources_words() -> Words:
     return Words(
         ["Every figure of this page stands in one of these files, or is a mean of figures that do. Numbers in brackets "
-         "refer to them. The hash is SHA-256 of the file."]
+         "refer to them. The hash is SHA-256 of the file. Copies count once."]
     )  # fmt: skip
 
 
@@ -109,10 +109,14 @@ def _sources_table(sources: Sequence[Source]) -> Table:
         digests = source.digest
         if source.records_digest and source.records_digest != source.digest:
             digests += f"; its metrics.jsonl {source.records_digest}"
+        digests += "".join(f"; {name} {digest}" for name, digest in source.copies if digest != source.digest)
+        name = source.name
+        if source.copies:
+            name += (
+                f"; {'copy' if len(source.copies) == 1 else 'copies'}: {', '.join(copy for copy, _ in source.copies)}"
+            )
         number = Cell(f"[{source.number}]", source.number)
-        rows.append(
-            [number, Cell(source.name), Cell(source.kind), Cell(source.date), Cell(versions or NONE), Cell(digests)]
-        )
+        rows.append([number, Cell(name), Cell(source.kind), Cell(source.date), Cell(versions or NONE), Cell(digests)])
     return Table("Files", ["number", "file", "kind", "date", "versions", "SHA-256"], rows)
 
 

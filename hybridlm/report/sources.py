@@ -31,6 +31,7 @@ class Source:
         versions: Of the packages that made it.
         records: Training records beside it, one a logged step.
         records_digest: SHA-256 of the file of records.
+        copies: Name and SHA-256 of each file that holds the same.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Source:
     versions: dict[str, str]
     records: list[Node] = field(default_factory=list)
     records_digest: str = ""
+    copies: list[tuple[str, str]] = field(default_factory=list)
 
 
 def read_sources(runs: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
@@ -51,7 +53,8 @@ def read_sources(runs: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
         runs: Folders, which are searched, and files.
 
     Returns:
-        The sources in the order given, and the names of JSON files in the folders that hold no results.
+        The sources in the order given, copies behind the first, and the names of JSON files in the folders that hold
+        no results.
 
     Raises:
         ValueError: A file is broken, or of no kind that is known.
@@ -84,20 +87,25 @@ def read_sources(runs: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
 
 
 def _add(source: Source, sources: list[Source]) -> None:
-    """Append a source; of the copies of one training run, which its model's folder has too, the one with records."""
-    run = _run_of(source)
+    """Append a source, or name it behind the one that holds the same; of these, one with records stands first."""
     for index, other in enumerate(sources):
-        if run is not None and run == _run_of(other):
-            if source.records and not other.records:
-                sources[index] = replace(source, number=other.number)
+        if _is_copy(source, other):
+            first, second = (source, other) if source.records and not other.records else (other, source)
+            copies = [*other.copies, (second.name, second.digest)]
+            sources[index] = replace(first, number=other.number, copies=copies)
             return
     sources.append(source)
 
 
-def _run_of(source: Source) -> list[Any] | None:
-    if source.kind != "training" or "training" not in source.data:
-        return None
-    return [source.data.value.get(name) for name in ("name", "parameters", "data", "training", "tokens_seen")]
+def _is_copy(one: Source, other: Source) -> bool:
+    """Whether two files have equal content, or tell of one training run, of which a model's folder has the less."""
+    if one.digest == other.digest:
+        return True
+    if not one.kind == other.kind == "training" or "training" not in one.data or "training" not in other.data:
+        return False
+    left, right = one.data.value, other.data.value
+    shared = left.keys() & right.keys()
+    return {name: left[name] for name in shared} == {name: right[name] for name in shared}
 
 
 def _result_files(folder: Path, depth: int) -> Iterator[Path]:

@@ -179,6 +179,16 @@ def test_a_race_tells_its_ordering_steps_and_recipe(everything, page):
     assert "A sentence of the race." in text
 
 
+def test_a_race_without_a_verdict_has_none_in_the_report(tmp_path):
+    ordering = {"claim": "hybrid beats mamba2", "shows": None, "why": "a quick run"}
+    path = tmp_path / "race.json"
+    path.write_text(json.dumps(race_file() | {"ordering": ordering}))
+    text = REPLACE
+    assert "No verdict on the expected ordering, a quick run: hybrid beats mamba2" in text
+    assert "ordering shows" not in text
+    assert "ordering does not show" not in text
+
+
 def test_a_race_with_one_seed_has_no_standard_error_and_one_without_ordering_none(tmp_path):
     single = arm(0.9, 100) | {"at": {"200": accuracy(0.9, None, True)}, "lengths": {}, "steps_to": None, "curve": []}
     data = race_file(alone=single) | {"ordering": None, "summary": [], "matched": None}
@@ -540,6 +550,49 @@ def test_the_copy_of_a_training_run_in_its_models_folder_is_no_second_run(tmp_pa
     assert (source.name, source.number, len(source.records)) == ("run/results.json", 1, 5)
     training_folder(tmp_path / "other", steps=4)
     assert len(make_report([folder, tmp_path / "other"]).sources) == 2
+
+
+def test_a_training_record_that_says_something_else_is_no_copy(tmp_path):
+    folder = training_folder(tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    results["heldout"][0]["bits_per_byte"] = 1.0
+    write(folder / "model" / "results" / "training.json", results)
+    assert len(make_report([folder]).sources) == 2
+
+
+def copied(folder):
+    """A run, its scores, and their copies in the model's folder, as `hybridlm card` leaves them."""
+    training_folder(folder)
+    scores = write(folder / "eval" / "all.json", eval_file())
+    copy = folder / "model" / "results" / "all.json"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(scores.read_bytes())
+    record = json.loads((folder / "results.json").read_text()) | {"kind": "training"}
+    return folder, write(copy.with_name("training.json"), record)
+
+
+def test_files_of_equal_content_count_once_and_the_others_are_named_behind_the_first(tmp_path):
+    folder, record = copied(tmp_path / "run")
+    report = make_report([folder])
+    files = {row[0]: (row[1], row[5]) for row in table(report, "Files")}
+    assert files["[1]"] == ("run/eval/all.json; copy: run/model/results/all.json", report.sources[0].digest)
+    name, digests = files["[2]"]
+    assert name == "run/results.json; copy: run/model/results/training.json"
+    assert digests.startswith(f"{report.sources[1].digest}; its metrics.jsonl ")
+    assert digests.endswith(f"; run/model/results/training.json {hashlib.sha256(record.read_bytes()).hexdigest()}")
+    assert list(files) == ["[1]", "[2]"]
+    (first, *_) = make_report([write(tmp_path / f"{name}/all.json", eval_file()) for name in "abc"]).sources
+    assert [name for name, _ in first.copies] == ["all.json", "all.json"]
+    assert [list(block.sources) for block in blocks(report, Table) if block.caption.startswith("Models")] == [[1]]
+    said = run(folder, "--out", tmp_path / "out").output
+    assert "read 2 files: 1 eval, 1 training; left out as copies: 2" in said
+
+
+def test_the_record_with_losses_stands_first_whatever_the_order(tmp_path):
+    folder, record = copied(tmp_path / "run")
+    (source,) = make_report([record, folder / "results.json"]).sources
+    assert (source.name, source.number, len(source.records)) == ("results.json", 1, 5)
+    assert [name for name, _ in source.copies] == ["training.json"]
 
 
 def test_a_file_named_twice_is_read_once(tmp_path):

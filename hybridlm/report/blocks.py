@@ -119,9 +119,9 @@ class Score:
 
     @property
     def text(self) -> str:
-        """`0.531 ± 0.031`, with `at chance` around what is not above chance."""
-        error = NONE if self.error is None else f"{self.error:.{self.digits}f}"
-        text = f"{self.value:.{self.digits}f} ± {error}"
+        """`0.531 ± 0.031`, or the mean alone, with `at chance` around what is not above chance."""
+        error = "" if self.error is None else f" ± {self.error:.{self.digits}f}"
+        text = f"{self.value:.{self.digits}f}{error}"
         return text if self.above else f"{AT_CHANCE} ({text})"
 
     @property

@@ -181,9 +181,8 @@ def test_a_race_tells_its_ordering_steps_and_recipe(everything, page):
 
 def test_a_race_without_a_verdict_has_none_in_the_report(tmp_path):
     ordering = {"claim": "hybrid beats mamba2", "shows": None, "why": "a quick run"}
-    path = tmp_path / "race.json"
-    path.write_text(json.dumps(race_file() | {"ordering": ordering}))
-    text = REPLACE
+    data = race_file(alone=arm(0.9, 100)) | {"ordering": ordering}
+    text = render(make_report([write(tmp_path / "race.json", data)]))
     assert "No verdict on the expected ordering, a quick run: hybrid beats mamba2" in text
     assert "ordering shows" not in text
     assert "ordering does not show" not in text
@@ -193,7 +192,7 @@ def test_a_race_with_one_seed_has_no_standard_error_and_one_without_ordering_non
     single = arm(0.9, 100) | {"at": {"200": accuracy(0.9, None, True)}, "lengths": {}, "steps_to": None, "curve": []}
     data = race_file(alone=single) | {"ordering": None, "summary": [], "matched": None}
     report = make_report([write(tmp_path / "race.json", data)])
-    assert table(report, "Arms and accuracy")[0][6] == "0.900 ± –"
+    assert table(report, "Arms and accuracy")[0][6] == "0.900"
     assert "makes no claim" in render(report)
 
 
@@ -602,7 +601,8 @@ def test_a_file_named_twice_is_read_once(tmp_path):
 
 def test_a_score_has_as_many_digits_as_it_can_bear():
     assert Score(0.5, 0.01, 0.1, True).text == "0.500 ± 0.010"
-    assert Score(0.5, None, 0.1, True).text == "0.500 ± –"
+    assert Score(0.5, None, 0.1, True).text == "0.500"
+    assert Score(0.5, None, 0.6, False).text == "at chance (0.500)"
 
 
 def test_small_charts_stand_together_under_a_heading(everything, page):

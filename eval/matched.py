@@ -18,6 +18,7 @@ from typing import Any
 
 from hybridlm import HybridLMConfig
 from hybridlm.analysis.planner import plan
+from hybridlm.evaluation.plots import new_figure
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -86,12 +87,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Bits per byte against the length of the window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, _ = new_figure(7, 4)
+    axes = figure.add_subplot()
     for model, of in found.items():
         lengths = sorted(of["bits"])
         scores = [of["bits"][length]["score"] for length in lengths]
@@ -104,7 +101,6 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> int:

@@ -5,7 +5,8 @@ from statistics import fmean
 from typing import Any
 
 from hybridlm.evaluation.plots import MARKERS, new_figure
-from hybridlm.evaluation.runs import ABOVE_CHANCE, group_by_arm, read_out
+from hybridlm.evaluation.chance import NUM_ERRORS
+from hybridlm.evaluation.runs import group_by_arm, read_out
 
 TASK_WORDS = {"recall": "key-value recall", "passkey": "passkey"}
 WINDOW_AT_MOST, MEMORY_AT_LEAST, BOUND_LENGTH = 0.25, 0.8, "512"
@@ -82,7 +83,7 @@ def table(arms: dict[str, Any]) -> str:
                 cells.append(f"{score['mean']:.3f}{error}{' ' if score['above_chance'] else '*'}".rjust(15))
             head = f"{name:16} {arm['parameters']:10,} {arm['state_bytes']:9,} {arm['process_seconds']:6.0f}  "
             lines.append(head + " ".join(cells))
-    return "\n".join([*lines, f"* not {ABOVE_CHANCE:g} standard errors above chance"])
+    return "\n".join([*lines, f"* not {NUM_ERRORS} standard errors above chance"])
 
 
 def separated(first: dict[str, Any], second: dict[str, Any]) -> bool:

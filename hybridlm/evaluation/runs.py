@@ -27,9 +27,9 @@ import transformers
 import hybridlm
 from hybridlm.analysis.machine import processor_name
 
+from .chance import NUM_ERRORS
 from .runner import write_whole
 
-ABOVE_CHANCE = 3.0  # standard errors
 # one thread, and threads that wait do not spin; read when torch is imported
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -189,7 +189,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def read_out(scores: Sequence[dict[str, int]], chance: float) -> dict[str, Any]:
     """The accuracy of one arm over its seeds, from the number of `answers` and of those `right`.
 
-    It is above chance if it lies `ABOVE_CHANCE` standard errors above, by the larger of two errors: that of the seeds,
+    It is above chance if it lies `NUM_ERRORS` standard errors above, by the larger of two errors: that of the seeds,
     and that of a guess at as many answers.
     """
     shares = [score["right"] / score["answers"] for score in scores]
@@ -199,5 +199,5 @@ def read_out(scores: Sequence[dict[str, int]], chance: float) -> dict[str, Any]:
         "mean": round(mean, 4),
         "standard_error": None if error is None else round(error, 4),
         "seeds": [round(share, 4) for share in shares],
-        "above_chance": mean > chance + ABOVE_CHANCE * max(of_guessing, error or 0.0),
+        "above_chance": mean > chance + NUM_ERRORS * max(of_guessing, error or 0.0),
     }

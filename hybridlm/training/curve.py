@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from hybridlm.evaluation.plots import new_figure
+
 
 def plot_loss_curve(history: list[dict[str, Any]], path: Path, title: str = "Training") -> None:
     """Draw bits per byte (or the loss, where there are none) over the steps into a PNG file.
@@ -15,15 +17,9 @@ def plot_loss_curve(history: list[dict[str, Any]], path: Path, title: str = "Tra
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the loss curve needs matplotlib: pip install 'hybridlm[plot]'") from error
     records = [record for record in history if "loss" in record]
     key = "bits_per_byte" if records and all("bits_per_byte" in record for record in records) else "loss"
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, _ = new_figure(7, 4)
     axes = figure.add_subplot()
     axes.plot([record["step"] for record in records], [record[key] for record in records], label="training")
     evaluated = [record for record in history if f"eval_{key}" in record]

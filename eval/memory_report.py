@@ -4,8 +4,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hybridlm.evaluation.plots import MARKERS, new_figure
 from hybridlm.evaluation.chance import NUM_ERRORS
+from hybridlm.evaluation.plots import MARKERS, new_figure
 from hybridlm.evaluation.runs import group_by_arm, read_out
 
 TASK_WORDS = {"recall": "key-value recall", "passkey": "passkey"}

@@ -98,8 +98,8 @@ def plan_cells(found: Evaluated, settings: Settings) -> tuple[list[Cell], list[s
     if own is not None and suite in ("recall", "all"):
         if settings.lengths is not None and found.tokenizer is None:
             raise ValueError(
-                f"--lengths: {found.folder} has a task of its own, scored at 1, 2 and 4 times the length in its task.json, "
-                "and no tokenizer for other tasks; leave it out"
+                f"--lengths: {found.folder} has a task of its own, scored at 1, 2 and 4 times the length in its "
+                "task.json, and no tokenizer for other tasks; leave it out"
             )
         most = longest_allowed(found, settings.beyond)
         lengths = [own["length"] * by for by in (1, 2, 4) if most is None or own["length"] * by <= most]

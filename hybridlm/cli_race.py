@@ -1,6 +1,7 @@
 """`hybridlm race`: train small architectures on one synthetic task, and print which learns it and how fast."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ def race(
     from .race import load_race, race_names, run_race
     from .race.arms import enter
     from .race.file import in_file
+    from .race.race import WINNER
     from .race.report import table
     from .testing.base import quiet
 
@@ -48,7 +50,10 @@ def race(
     typer.echo(
         f"{results['seconds']:.0f} s, {results['process_seconds']:.0f} s of processors; wrote {folder}/race.json"
     )
-    typer.echo(f"best: {best['arm']}, seed {best['seed']}; `hybridlm eval {folder}/winner --suite recall` scores it")
+    command = shlex.join(
+        ["hybridlm", "eval", f"{folder}/{WINNER}", "--suite", "recall", "--out", f"{folder}/winner_eval"]
+    )
+    typer.echo(f"best: {best['arm']}, seed {best['seed']}; `{command}` scores it")
 
 
 def _log_to_stderr() -> None:

@@ -186,7 +186,7 @@ class Race:
         match: What is made equal.
         seeds: Runs of an arm.
         note: What a reader must know besides.
-        quick: Whether steps were cut short, only to see that it runs.
+        quick: Whether steps were cut short, only to see that it runs; then there is no verdict.
     """
 
     title: str
@@ -365,6 +365,7 @@ def _shorten(race: Race, seeds: int | None) -> Race:
     demands = [replace(demand, step=moved(demand.step)) for demand in race.ordering.demands]
     return replace(
         race,
+        title=f"{race.title} (quick)",
         training=replace(race.training, steps=steps, warmup_steps=min(race.training.warmup_steps, steps // 4)),
         reading=replace(race.reading, steps=[moved(step) for step in race.reading.steps], every=steps, rows=QUICK_ROWS),
         ordering=replace(race.ordering, demands=demands),

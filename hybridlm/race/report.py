@@ -73,7 +73,9 @@ def _steps_to(curve: list[dict[str, Any]], threshold: float) -> int | None:
 
 
 def judge(race: Race, arms: dict[str, Any]) -> dict[str, Any]:
-    """Whether the known ordering shows, and why."""
+    """Whether the known ordering shows, and why; no verdict, `None`, from a quick run."""
+    if race.quick:
+        return {"claim": race.ordering.claim, "shows": None, "why": "a quick run"}
     found = [_judge(race, demand, arms) for demand in race.ordering.demands]
     why = "; ".join(f"{text}: {'holds' if holds else 'DOES NOT HOLD'}" for text, holds in found)
     return {"claim": race.ordering.claim, "shows": all(holds for _, holds in found), "why": why}
@@ -196,6 +198,8 @@ def sentences(race: Race, arms: dict[str, Any], ordering: dict[str, Any]) -> lis
         steps = [str(step) if step is not None else "not reached" for step in arm["steps_to"]["seeds"]]
         reached = f"steps to {race.reading.threshold:g} by seed: {', '.join(steps)}"
         lines.append(f"{name}: {read}; {reached} (read every {race.reading.every}).")
+    if ordering["shows"] is None:
+        return [*lines, f"The known ordering: no verdict, {ordering['why']}."]
     verdict = "shows" if ordering["shows"] else "DOES NOT SHOW"
     lines.append(f"The known ordering {verdict}: {' '.join(ordering['claim'].split())} {ordering['why']}.")
     return lines

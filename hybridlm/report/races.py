@@ -58,6 +58,9 @@ def _ordering(race: Node) -> Words:
     ordering = race.get("ordering")
     if ordering is None:
         return Words(["The race makes no claim about an ordering."])
+    if "shows" in ordering.value and ordering.get("shows") is None:
+        why, claim = ordering["why"].text(), ordering["claim"].text()
+        return Words([f"No verdict on the expected ordering, {why}: {claim}"])
     shows = ordering["shows"].flag()
     verdict = "The expected ordering shows" if shows else "The expected ordering does not show"
     return Words([f"{verdict}: {ordering['claim'].text()} {ordering['why'].text()}"], "good" if shows else "bad")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def run_here(finish, arms, seeds, jobs, logger):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An undisturbed race, and what it printed."""
-    folder = tmp_path_factory.mktemp("race")
+    folder = tmp_path_factory.mktemp("a race")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hybridlm.race.race.run_all", run_here)
         result = run(written(folder), "--out", folder / "out", "--jobs", 1)
@@ -128,15 +129,17 @@ def test_without_matplotlib_a_line_says_so_and_no_old_plot_stays(whole, tmp_path
     assert lasting(after) == lasting(before)
 
 
-def test_the_winner_is_scored_on_its_own_task_by_eval(whole, tmp_path):
+def test_the_winner_is_scored_on_its_own_task_by_the_command_that_is_printed(whole):
     out = whole[0]
     best = json.loads((out / "race.json").read_text())["winner"]
     task = json.loads((out / "winner" / "task.json").read_text())
     assert (best["arm"], task["task"], task["length"]) == ("attention", "mqar", 12)
-    command = ["eval", str(out / "winner"), "--suite", "recall", "--no-generate", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, command)
+    command = shlex.split(whole[1].split("`")[-2])  # the printed one, as it is
+    assert command[0] == "hybridlm"
+    assert str(out) in command[2]
+    result = CliRunner().invoke(app, command[1:])
     assert result.exit_code == 0, result.output
-    cells = json.loads((tmp_path / "recall.json").read_text())["cells"]
+    cells = json.loads((out / "winner_eval" / "recall.json").read_text())["cells"]
     assert [cell["length"] for cell in cells] == [12]
     assert cells[0]["likelihood"]["score"] >= 0.95
 
@@ -223,6 +226,28 @@ def test_results_of_another_race_are_not_written_over_and_a_file_is_no_folder(wh
     assert result.exit_code == 2
     assert "is no folder that can be written to" in result.stderr
     assert result.stdout == ""
+
+
+def test_a_quick_run_and_a_full_one_do_not_share_a_folder(whole, tmp_path, monkeypatch):
+    out = whole[0]
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    result = run(written(tmp_path), "--quick", "--out", out)
+    assert result.exit_code == 2
+    assert f"--out: {out} holds the results of a full race, and this is a quick run; choose another" in result.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+    monkeypatch.setattr("hybridlm.race.race.run_all", run_here)
+    short = RACE["training"] | {"steps": 4, "warmup_steps": 1, "batch_size": 2}
+    path = written(tmp_path, training=short, reading=RACE["reading"] | {"steps": [2], "lengths": []})
+    result = run(path, "--quick", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "no verdict, a quick run" in result.stdout
+    found = json.loads((tmp_path / "out" / "race.json").read_text())
+    assert (found["title"], found["ordering"]["shows"]) == (f"{RACE['title']} (quick)", None)
+    result = run(path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    said = f"--out: {tmp_path / 'out'} holds the results of a quick run, and this is a full race; choose another folder"
+    assert said in result.stderr
+    assert json.loads((tmp_path / "out" / "race.json").read_text()) == found
 
 
 def test_the_races_of_the_package_are_listed():

@@ -170,6 +170,7 @@ def test_quick_is_the_same_race_with_few_steps_and_demands_that_can_be_read():
     race = load_race("default", quick=True)
     assert (race.training.steps, race.seeds, race.quick) == (20, 1, True)
     assert all(demand.step in race.steps_read for demand in race.ordering.demands)
+    assert race.title == f"{load_race('default').title} (quick)"
     assert load_race("default", quick=True, seeds=2).seeds == 2
     assert all(entrant.steps < 30 for entrant in enter(load_race("routing", quick=True)).values())
 
@@ -375,6 +376,16 @@ def test_the_ordering_shows_or_not_and_says_why(tmp_path):
     found = report.judge(race, arms)
     assert not found["shows"]
     assert report.sentences(race, arms, found)[-1].startswith("The known ordering DOES NOT SHOW")
+
+
+def test_a_quick_run_gives_no_verdict(tmp_path):
+    race = load_race(written(tmp_path), quick=True)
+    _, arms = results(race, attention=[0.1], hybrid=[0.9], mamba2=[0.3])
+    found = report.judge(race, arms)
+    assert found == {"claim": "Hybrids win.", "shows": None, "why": "a quick run"}
+    text = report.sentences(race, arms, found)
+    assert text[-1] == "The known ordering: no verdict, a quick run."
+    assert not any("shows: " in line or "DOES NOT" in line for line in text)
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,13 @@ def check_free(path: Path, about: dict[str, Any]) -> None:
     except json.JSONDecodeError as error:
         raise FileExistsError(f"--out: {path} is not a results file; choose another folder") from error
     kinds = {False: "a full race", True: "a quick run"}
-    quick = about["recipe"]["quick"]
-    if isinstance(before, dict) and (before.get("recipe") or {}).get("quick") is (not quick):
+    found, quick = before.get("recipe") if isinstance(before, dict) else None, about["recipe"]["quick"]
+    if isinstance(found, dict) and found.get("quick") is (not quick):
         raise FileExistsError(
             f"--out: {path.parent} holds the results of {kinds[not quick]}, and this is {kinds[quick]}; choose another "
             f"folder, or remove {path} first"
         )
-    if not isinstance(before, dict) or before.get("recipe") != about["recipe"]:
+    if found != about["recipe"]:
         raise FileExistsError(f"--out: {path} holds the results of another race or recipe; choose another folder")
 
 

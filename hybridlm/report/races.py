@@ -58,7 +58,7 @@ def _ordering(race: Node) -> Words:
     ordering = race.get("ordering")
     if ordering is None:
         return Words(["The race makes no claim about an ordering."])
-    if "shows" in ordering.value and ordering.get("shows") is None:
+    if isinstance(ordering.value, dict) and ordering.value.get("shows", "") is None:
         why, claim = ordering["why"].text(), ordering["claim"].text()
         return Words([f"No verdict on the expected ordering, {why}: {claim}"])
     shows = ordering["shows"].flag()

@@ -12,6 +12,7 @@ from hybridlm.evaluation import runs as evaluation_runs
 from hybridlm.evaluation.symbols import token_rows
 from hybridlm.race import load_race, race_names, report, train
 from hybridlm.race.arms import build_model, check_rows, enter
+from hybridlm.race.race import check_free
 from hybridlm.typed import read_yaml
 
 CONTENT = {
@@ -164,6 +165,13 @@ def test_merged_keys_may_be_given_again(tmp_path):
 def test_a_wrong_number_of_seeds_is_of_the_command_and_not_of_the_file(seeds, allowed):
     with pytest.raises(ValueError, match=f"^--seeds: {seeds}, expected {allowed}"):
         load_race("default", seeds=seeds)
+
+
+@pytest.mark.parametrize("before", ["[]", "{}", '{"recipe": [1]}', '{"recipe": null}', "half a"])
+def test_a_file_that_is_no_result_of_a_race_is_not_written_over(tmp_path, before):
+    (tmp_path / "race.json").write_text(before)
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        check_free(tmp_path / "race.json", {"recipe": {"quick": False}})
 
 
 def test_quick_is_the_same_race_with_few_steps_and_demands_that_can_be_read():

@@ -186,6 +186,9 @@ def test_a_race_without_a_verdict_has_none_in_the_report(tmp_path):
     assert "No verdict on the expected ordering, a quick run: hybrid beats mamba2" in text
     assert "ordering shows" not in text
     assert "ordering does not show" not in text
+    for wrong in ({"claim": "no verdict key", "why": "?"}, 3):
+        with pytest.raises(ValueError, match=r"race.json: ordering.*(missing|3)"):
+            make_report([write(tmp_path / "race.json", data | {"ordering": wrong})])
 
 
 def test_a_race_with_one_seed_has_no_standard_error_and_one_without_ordering_none(tmp_path):

@@ -310,7 +310,8 @@ def test_a_score_counts_the_answers_that_the_tokens_before_predict(tmp_path):
 
 
 def test_a_run_is_kept_with_its_weights_and_run_again_without_them(tmp_path, monkeypatch):
-    race = load_race(written(tmp_path, training__steps=5, reading__steps=[2], ordering__demands=[]))
+    demands = [{"arm": "hybrid", "least": 0.5}]
+    race = load_race(written(tmp_path, training__steps=5, reading__steps=[2], ordering__demands=demands))
     entrants = enter(race)
     first = train.finish(race, entrants, tmp_path, "hybrid", 0)
     assert [point["step"] for point in first["curve"]] == [2, 5]

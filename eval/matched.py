@@ -50,7 +50,7 @@ def measure(model: str, work: Path, out: Path) -> None:
         scored = work / model / "eval"
         call("-m", "hybridlm", "eval", folder, "--suite", suite, "--name", model, *options, "--out", scored)
         shutil.copy(scored / f"{suite}.json", results)
-    shutil.copy(work / model / "results.json", results / "training.json")
+    shutil.copy(folder / "results" / "training.json", results)  # without where it lies
     shutil.copy(folder / "config.json", results)
     call("-m", "hybridlm", "card", folder, "--results", work / model / "eval", "--out", results / "card.md")
 

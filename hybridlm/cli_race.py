@@ -24,7 +24,7 @@ def race(
     """
     from .race import load_race, race_names, run_race
     from .race.arms import enter
-    from .race.file import in_file
+    from .race.load import in_file
     from .race.race import WINNER
     from .race.report import table
     from .testing.base import quiet

@@ -113,7 +113,11 @@ def convert(hint: Any, value: Any, path: str) -> Any:
 
 def _all_fit(kind: Any, values: list) -> bool:
     """Whether a list of plain values is of one type; one of dataclasses says itself what is wrong, with its path."""
-    return dataclasses.is_dataclass(kind) or kind is Any or all(type(item) is kind for item in values)
+    return (
+        dataclasses.is_dataclass(kind)
+        or kind is Any
+        or all(type(item) is kind or (kind is float and type(item) is int) for item in values)
+    )
 
 
 def type_names(options: Iterable[Any]) -> str:

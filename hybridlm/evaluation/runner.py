@@ -206,14 +206,28 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_free(path: Path, common: dict[str, Any]) -> None:
-    """Refuse to write over results of another model or other settings."""
+def earlier_results(path: Path) -> dict[str, Any] | None:
+    """What a results file holds; `None` where there is none.
+
+    Raises:
+        FileExistsError: It is no results file, which must not be written over.
+    """
     if not path.exists():
-        return
+        return None
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise FileExistsError(f"--out: {path} is not a results file; choose another folder") from error
+    except json.JSONDecodeError:
+        before = None
+    if not isinstance(before, dict):
+        raise FileExistsError(f"--out: {path} is not a results file; choose another folder")
+    return before
+
+
+def _check_free(path: Path, common: dict[str, Any]) -> None:
+    """Refuse to write over results of another model or other settings."""
+    before = earlier_results(path)
+    if before is None:
+        return
     differing = [name for name in common if before.get(name) != common[name]]
     if differing:
         raise FileExistsError(

@@ -133,8 +133,13 @@ class AttentionEntry:
     """
 
     def __init__(self, max_length: int | None = None, convolution: "RecurrentEntry | None" = None) -> None:
-        self.state, self.convolution = KeyValueStore(max_length, convolution), convolution
+        self.state = KeyValueStore(max_length, convolution)
         self.is_static = max_length is not None
+
+    @property
+    def convolution(self) -> "RecurrentEntry | None":
+        """The entry beside this one."""
+        return self.state.convolution
 
     def run(self, module: nn.Module, hidden_states: Tensor, sequence: SequenceInfo) -> Tensor:
         """Apply the module to `[B, T, D]` and keep its keys and values."""

@@ -20,7 +20,7 @@ from hybridlm.modeling.experts import Experts
 from hybridlm.modeling.modeling_hybridlm import HybridLMForCausalLM
 from hybridlm.modeling.registry import resolve_config
 
-from .file import Race
+from .file import MOST_STEPS, Race
 
 # the option that sets how large a mixer's state is; those of neural memories follow from their widths
 STATE_OPTIONS = {
@@ -159,9 +159,10 @@ def enter(race: Race) -> dict[str, Entrant]:
                 # equal FLOPs: steps are those of the arm that the target is
                 steps[name] = max(1, round(race.training.steps * target / by_arm[name]))
                 value = steps[name] * by_arm[name] / race.training.steps
+                if steps[name] >= MOST_STEPS:
+                    raise ValueError(f"arms.{name}: {steps[name]} steps at equal FLOPs, expected below {MOST_STEPS}")
             else:
-                configs[name] = _fit(race, name, configs[name], target, context)
-                figures[name] = measure(configs[name], length, context)
+                figures[name], configs[name] = _fit(race, configs[name], target, context)
                 value = figures[name][match.what]
             matched[name] = {"value": value, "target": target, "off": round(value / target - 1, 5)}
             _check_match(race, name, matched[name])
@@ -184,11 +185,11 @@ def _fields(config: HybridLMConfig) -> dict[str, Any]:
     return fields
 
 
-def _fit(race: Race, name: str, config: HybridLMConfig, target: int, context: int) -> HybridLMConfig:
-    """The config with the factor on its sizes that brings it nearest to the target."""
+def _fit(race: Race, config: HybridLMConfig, target: int, context: int) -> tuple[dict[str, int], HybridLMConfig]:
+    """The config with the factor on its sizes that brings it nearest to the target, and its figures."""
     what, length = race.match.what, race.task.length
     find = state_sizes if what == "state_bytes" else widths
-    found: dict[tuple[int, ...], tuple[int, HybridLMConfig]] = {}
+    found: dict[tuple[int, ...], tuple[dict[str, int], HybridLMConfig]] = {}
 
     def scaled(scale: float) -> int:
         """What it comes to; never less with a larger scale."""
@@ -198,8 +199,8 @@ def _fit(race: Race, name: str, config: HybridLMConfig, target: int, context: in
             options[key] = max(1, round(options[key] * scale))
         sizes = tuple(options[key] for options, key in places)
         if sizes not in found:
-            found[sizes] = measure(other, length, context)[what], other
-        return found[sizes][0]
+            found[sizes] = measure(other, length, context), other
+        return found[sizes][0][what]
 
     scaled(1.0)
     if find(config):
@@ -207,7 +208,7 @@ def _fit(race: Race, name: str, config: HybridLMConfig, target: int, context: in
         for _ in range(16):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if scaled(middle) < target else (low, middle)
-    return min(found.values(), key=lambda pair: abs(pair[0] - target))[1]
+    return min(found.values(), key=lambda pair: abs(pair[0][what] - target))
 
 
 def _bracket(scaled: Callable[[float], int], target: int) -> tuple[float, float]:

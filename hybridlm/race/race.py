@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hybridlm.evaluation.runner import writable_folder, write_whole
+from hybridlm.evaluation.runner import earlier_results, writable_folder, write_whole
 from hybridlm.evaluation.runs import describe_machine, run_all, write_results
 
 from .arms import Entrant, build_model, enter
@@ -98,14 +98,11 @@ def describe(race: Race, name: str, entrants: dict[str, Entrant], jobs: int) -> 
 
 def check_free(path: Path, about: dict[str, Any]) -> None:
     """Refuse to write over the results of another race."""
-    if not path.exists():
+    before = earlier_results(path)
+    if before is None:
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise FileExistsError(f"--out: {path} is not a results file; choose another folder") from error
     kinds = {False: "a full race", True: "a quick run"}
-    found, quick = before.get("recipe") if isinstance(before, dict) else None, about["recipe"]["quick"]
+    found, quick = before.get("recipe"), about["recipe"]["quick"]
     if isinstance(found, dict) and found.get("quick") is (not quick):
         raise FileExistsError(
             f"--out: {path.parent} holds the results of {kinds[not quick]}, and this is {kinds[quick]}; choose another "

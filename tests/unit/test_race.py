@@ -13,7 +13,7 @@ from hybridlm.evaluation.symbols import token_rows
 from hybridlm.race import load_race, race_names, report, train
 from hybridlm.race.arms import build_model, check_rows, enter
 from hybridlm.race.race import check_free
-from hybridlm.typed import read_yaml
+from hybridlm.typed import convert, read_yaml
 
 CONTENT = {
     "title": "a small race",
@@ -90,6 +90,7 @@ def written(tmp_path, **changes):
         ({"ordering__demands": [{"arm": "hybrid"}]}, "ordering.demands.0: demands nothing"),
         ({"ordering__demands": [{"arm": "hybrid", "step": 7, "least": 1}]}, "demands.0.step: 7 is not read"),
         ({"ordering__demands": [{"arm": "hybrid", "length": 7, "least": 1}]}, "demands.0.length: 7 is not tested"),
+        ({"quick": True}, "quick: no key of a race file, give --quick"),
         ({"ordering__demands": []}, "ordering.demands: empty, expected at least one"),
         ({"ordering__demands": [3]}, "ordering.demands.0: expected keys and values, got 3"),
     ],
@@ -246,6 +247,18 @@ def test_steps_make_flops_equal_and_readings_move_with_them(tmp_path):
     assert spent["mamba2"] == pytest.approx(spent["attention"], rel=0.05)
     assert train.own_step(race, entrants["mamba2"], 20) == entrants["mamba2"].steps
     assert train.steps_of(race, entrants["mamba2"])[-1] == entrants["mamba2"].steps
+
+
+def test_steps_that_would_run_into_the_rows_of_another_seed_are_refused(tmp_path):
+    race = load_race(written(tmp_path, match={"what": "flops", "by": "steps", "target": 10**12}))
+    with pytest.raises(ValueError, match=r"arms.attention: \d+ steps at equal FLOPs, expected below 1000000"):
+        enter(race)
+
+
+def test_whole_numbers_serve_as_fractions_in_lists_too():
+    assert convert(list[float], [1, 0.5], "path") == [1.0, 0.5]
+    with pytest.raises(ValueError, match="path: expected list"):
+        convert(list[int], [1, 0.5], "path")
 
 
 # -- how arms begin and learn --------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .charts import Chart
+from hybridlm.evaluation.chance import NUM_ERRORS
+from hybridlm.evaluation.tables import AT_CHANCE
+
+from .charts import Chart, Point
 from .node import Node
 
-AT_CHANCE = "at chance"
 NONE = "–"
-NUM_ERRORS = 3  # standard errors above chance that count as above
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,11 @@ class Cell:
         text: What it says.
         sort: What it is sorted by, where that is a number.
         dim: Whether it says nothing worth reading, such as a score at chance.
-        link: Id of the section that it leads to.
     """
 
     text: str
     sort: float | None = None
     dim: bool = False
-    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class Table:
     note: str = ""
     block: str = "table"
 
-    def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers."""
-        cells = [row[column] for row in self.rows]
-        return any(cell.sort is not None for cell in cells)
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers."""
+        return [any(row[column].sort is not None for row in self.rows) for column in range(len(self.titles))]
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class Grid:
     """Small charts side by side, under a heading of their own."""
 
     title: str
-    charts: list[Chart]
-    folded: bool = False
+    charts: Sequence[Chart]
     block: str = "grid"
 
 
@@ -108,26 +106,28 @@ class Score:
         error: Its standard error; `None` from a single document or seed.
         chance: What guessing gets.
         above: Whether it lies above chance by three standard errors.
-        digits: After the point.
     """
 
     value: float
     error: float | None
     chance: float | None
     above: bool
-    digits: int = 3
 
     @property
     def text(self) -> str:
         """`0.531 ± 0.031`, or the mean alone, with `at chance` around what is not above chance."""
-        error = "" if self.error is None else f" ± {self.error:.{self.digits}f}"
-        text = f"{self.value:.{self.digits}f}{error}"
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        text = f"{self.value:.3f}{error}"
         return text if self.above else f"{AT_CHANCE} ({text})"
 
     @property
     def cell(self) -> Cell:
         """The score in a table."""
         return Cell(self.text, self.value, dim=not self.above)
+
+    def at(self, x: float) -> Point:
+        """The score in a chart."""
+        return Point(x, self.value, self.error)
 
 
 def read_score(
@@ -155,6 +155,11 @@ def read_score(
         above = above and distance + 1e-6 >= NUM_ERRORS * (spread or 0.0) and distance > 0
         above = above and (spread is not None or said is not None)
     return Score(mean, spread, guessed, above)
+
+
+def read_accuracy(node: Node, chance: float | None = None) -> Score:
+    """A mean over seeds, as races and comparisons write it."""
+    return read_score(node, "mean", "standard_error", chance)
 
 
 def plain(value: float | None, digits: int = 4) -> Cell:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+COLOURS = 8  # then they come again, dashed
+MOST_MARKERS = 40  # of a curve
 MOST_ROWS = 60  # of the numbers below a chart
 
 
@@ -46,6 +48,9 @@ class Axis:
     log: int = 0
     low: float | None = None
     high: float | None = None
+
+
+ACCURACY = Axis("accuracy", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)

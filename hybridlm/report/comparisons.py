@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from .blocks import NONE, Block, Cell, Grid, Section, Table, Words, count, plain, read_score
-from .charts import Axis, LineChart, Point, Series
+from .blocks import NONE, Block, Cell, Grid, Section, Table, Words, count, plain, read_accuracy
+from .charts import ACCURACY, Axis, LineChart, Point, Series
 from .node import Node
 from .sources import Source
 
 _READINGS = {"equal_flops": "equal FLOPs", "equal_half_flops": "half the FLOPs", "equal_steps": "equal steps"}
 _HOLDS = {True: "holds", False: "does not hold"}
-_ACCURACY = Axis("accuracy", low=0.0, high=1.0)
 
 
 def sections(sources: Sequence[Source]) -> list[Section]:
@@ -37,10 +36,7 @@ def _isoflop(source: Source) -> list[Block]:
                 Cell(arm.optional_text("about") or ""),
                 count(arm["parameters"].number()),
                 count(arm["flops_per_token"].number()),
-                *(
-                    Cell(NONE) if score is None else read_score(score, "mean", "standard_error").cell
-                    for score in scores
-                ),
+                *(Cell(NONE) if score is None else read_accuracy(score).cell for score in scores),
             ]
         )
     titles = ["arm", "about", "parameters", "FLOPs / token", *_READINGS.values()]
@@ -100,23 +96,16 @@ def _memory(source: Source) -> list[Block]:
         blocks.append(Words(bounds))
     charts = [_memory_curve(source, arms, task, chance) for task in tasks]
     charts += [_memory_state(source, arms, task, chance) for task in tasks]
-    blocks.append(Grid("Accuracy against length and state bytes", list(charts)))
+    blocks.append(Grid("Accuracy against length and state bytes", charts))
     return blocks + [_memory_table(source, arms, task, chance) for task in tasks]
-
-
-def _read(arm: Node, task: str) -> dict[float, Node]:
-    found = arm.get("scores", task)
-    return {} if found is None else dict(found.by_number())
 
 
 def _memory_curve(source: Source, arms: dict[str, Node], task: str, chance: float) -> LineChart:
     series = []
     for name, arm in arms.items():
-        scores = {
-            length: read_score(node, "mean", "standard_error", chance) for length, node in _read(arm, task).items()
-        }
-        series.append(Series(name, [Point(length, score.value, score.error) for length, score in scores.items()]))
-    return LineChart(f"{task}: accuracy against length", Axis("length (tokens)", log=2), _ACCURACY,
+        points = [read_accuracy(node, chance).at(length) for length, node in arm.by_number("scores", task)]
+        series.append(Series(name, points))
+    return LineChart(f"{task}: accuracy against length", Axis("length (tokens)", log=2), ACCURACY,
                      [one for one in series if one.points], [("chance", chance)], sources=[source.number])  # fmt: skip
 
 
@@ -124,25 +113,21 @@ def _memory_state(source: Source, arms: dict[str, Node], task: str, chance: floa
     """At the shortest length, which is the trained one."""
     series, shortest = [], 0.0
     for name, arm in arms.items():
-        scores = _read(arm, task)
+        scores = arm.by_number("scores", task)
         if scores:
-            shortest, node = next(iter(scores.items()))
-            score = read_score(node, "mean", "standard_error", chance)
-            point = Point(arm["state_bytes"].number(), score.value, score.error)
+            shortest, node = scores[0]
+            point = read_accuracy(node, chance).at(arm["state_bytes"].number())
             series.append(Series(name, [point], line=False))
-    return LineChart(f"{task}: accuracy against state bytes", Axis("state bytes of a row", log=2), _ACCURACY, series,
+    return LineChart(f"{task}: accuracy against state bytes", Axis("state bytes of a row", log=2), ACCURACY, series,
                      [("chance", chance)], sources=[source.number], note=f"At {shortest:,.0f} tokens.")  # fmt: skip
 
 
 def _memory_table(source: Source, arms: dict[str, Node], task: str, chance: float) -> Table:
-    lengths = sorted({length for arm in arms.values() for length in _read(arm, task)})
+    lengths = sorted({length for arm in arms.values() for length, _ in arm.by_number("scores", task)})
     rows = []
     for name, arm in arms.items():
-        scores = _read(arm, task)
-        cells = [
-            read_score(scores[length], "mean", "standard_error", chance).cell if length in scores else Cell(NONE)
-            for length in lengths
-        ]
+        scores = dict(arm.by_number("scores", task))
+        cells = [read_accuracy(scores[length], chance).cell if length in scores else Cell(NONE) for length in lengths]
         about = Cell(arm.optional_text("about") or "")
         rows.append([Cell(name), about, count(arm["parameters"].number()), count(arm["state_bytes"].number()), *cells])
     titles = ["arm", "about", "parameters", "state bytes", *(f"{length:,.0f} tokens" for length in lengths)]

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from .blocks import AT_CHANCE, Block, Grid, Section, read_score
+from hybridlm.evaluation.tables import AT_CHANCE
+
+from .blocks import Block, Grid, Section, read_score
 from .charts import Axis, Chart, HeatMap, LineChart, Point, Series
 from .evals import SUITES, Scored, bits_score, is_set, numbers_of
 
@@ -27,7 +29,7 @@ def _needles(runs: Sequence[Scored]) -> list[Block]:
             if (found := _needle_map(run, task)) is not None
         ]
         if maps:
-            blocks.append(Grid(run.name, list(maps)))
+            blocks.append(Grid(run.name, maps))
     return blocks
 
 
@@ -79,7 +81,7 @@ def _length_curves(runs: Sequence[Scored]) -> list[Block]:
                       note="Fewer is better; bars are standard errors over documents.")
         )  # fmt: skip
         positions = [chart for run in runs if (chart := _by_position(run)) is not None]
-        blocks.append(Grid("Bits per byte against position in the window", list(positions)))
+        blocks.append(Grid("Bits per byte against position in the window", positions))
     suites = dict.fromkeys(cell["suite"].text() for run in runs for cell in run.cells.values())
     charts = [chart for suite in suites if (chart := _suite_curve(runs, suite, marks)) is not None]
     if charts:
@@ -93,8 +95,8 @@ def _trained(runs: Sequence[Scored]) -> list[tuple[str, float]]:
 
 
 def _by_window(run: Scored) -> Series:
-    scores = {length: bits_score(cell) for (_, length), cell in sorted(run.cells.items()) if "bits_per_byte" in cell}
-    return Series(run.name, [Point(length, score.value, score.error) for length, score in scores.items()])
+    cells = {length: cell for (_, length), cell in sorted(run.cells.items()) if "bits_per_byte" in cell}
+    return Series(run.name, [bits_score(cell).at(length) for length, cell in cells.items()])
 
 
 def _by_position(run: Scored) -> Chart | None:

@@ -4,7 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .blocks import AT_CHANCE, NONE, Block, Cell, Score, Section, Table, count, distinct, read_score
+from hybridlm.evaluation.tables import AT_CHANCE
+
+from .blocks import NONE, Block, Cell, Score, Section, Table, count, distinct, read_score
 from .charts import figure
 from .node import Node
 from .sources import Source
@@ -50,17 +52,14 @@ def gather(sources: Sequence[Source]) -> list[Scored]:
         for cell in source.data["cells"]:
             run.cells.setdefault((cell["task"].text(), int(cell["length"].number())), cell)
     runs = list(found.values())
-    extras = [
-        (run.model["hash"].text()[:8], f"seed {figure(run.settings.optional_number('seed') or 0)}", _file(run))
-        for run in runs
-    ]
+    extras = [(run.model["hash"].text()[:8], f"seed {_seed(run)}", f"file {run.sources[0]}") for run in runs]
     for run, name in zip(runs, distinct([run.name for run in runs], extras), strict=True):
         run.name = name
     return runs
 
 
-def _file(run: Scored) -> str:
-    return f"file {run.sources[0]}"
+def _seed(run: Scored) -> str:
+    return figure(run.settings.optional_number("seed") or 0)
 
 
 def sections(runs: Sequence[Scored]) -> list[Section]:
@@ -116,7 +115,7 @@ def _unfit(run: Scored) -> list[list[Cell]]:
 
 
 def _note(runs: Sequence[Scored], way: str) -> str:
-    seeds = sorted({figure(run.settings.optional_number("seed") or 0) for run in runs})
+    seeds = sorted({_seed(run) for run in runs})
     haystacks = sorted({cell.optional_text("haystack") or "" for run in runs for cell in run.cells.values()} - {""})
     found = (
         f"{_ABOUT[way]}, ± standard error over documents. Lengths in tokens of each model's tokenizer; seed "

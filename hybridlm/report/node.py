@@ -69,16 +69,19 @@ class Node:
             raise self.wrong(f"{_short(self.value)} is no finite number")
         return float(self.value)
 
-    def by_number(self) -> "list[tuple[float, Node]]":
-        """Entries of an object whose names are numbers, such as lengths, in their order."""
+    def by_number(self, *keys: str | int) -> "list[tuple[float, Node]]":
+        """Entries of an object below whose names are numbers, such as lengths, in order; none where it is missing."""
+        below = self.get(*keys)
+        if below is None:
+            return []
         found = []
-        for name, node in self.items():
+        for name, node in below.items():
             try:
                 number = float(name)
             except ValueError:
                 number = math.nan
             if not math.isfinite(number):
-                raise self.wrong(f"{_short(name)} is no number")
+                raise below.wrong(f"{_short(name)} is no number")
             found.append((number, node))
         return sorted(found, key=lambda item: item[0])
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import hybridlm
+from hybridlm.evaluation.runner import writable_folder
 
 from . import checks, comparisons, curves, evals, races, svg, trainings
 from .blocks import NONE, Cell, Grid, Section, Table, Words, count
@@ -92,7 +93,7 @@ def _models(scored: Sequence[Scored]) -> Table:
             ]
         )
     titles = ["model", "parameters", "trained length", "tokenizer", "number format", "device", "hash of the weights"]
-    return Table("Models that were scored", titles, rows, sorted({n for run in scored for n in run.sources}))
+    return Table("Models that were scored", titles, rows, evals.numbers_of(scored))
 
 
 def _sources_words() -> Words:
@@ -196,17 +197,15 @@ def write_report(report: Report, out: str | Path, title: str = "") -> tuple[Path
     Raises:
         OSError: The folder cannot be written to.
     """
-    from hybridlm.evaluation.runner import writable_folder
-
     folder = writable_folder(out)
     pictures = []
     try:
         from .png import save
     except ImportError:
-        names = []
+        charts = []
     else:
-        names = picture_names(report.charts)
-    for chart, name in zip(report.charts if names else [], names, strict=True):
+        charts = report.charts
+    for chart, name in zip(charts, picture_names(charts), strict=True):
         save(chart, folder / name)
         pictures.append(folder / name)
     page = folder / PAGE

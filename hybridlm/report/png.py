@@ -3,20 +3,18 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from .charts import Axis, Chart, HeatMap, LineChart, extent, short, ticks
+from hybridlm.evaluation.plots import new_figure
+
+from .charts import COLOURS, MOST_MARKERS, Axis, Chart, HeatMap, LineChart, extent, short, ticks
 
 _COLOURS = ("#1f6fb4", "#c4560c", "#2b7d3f", "#9a3a8f", "#8a6a00", "#b0223c", "#0f7c80", "#5b5f66")
 _MARKERS = "os^D"
-_MOST_MARKERS = 40
 
 
 def save(chart: Chart, path: Path) -> None:
     """Draw a chart into a PNG file."""
-    figure = Figure(figsize=(7, 4.2) if isinstance(chart, LineChart) else _size(chart), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, _ = new_figure(*((7, 4.2) if isinstance(chart, LineChart) else _size(chart)))
     axes = figure.add_subplot()
     if isinstance(chart, LineChart):
         _lines(chart, axes)
@@ -37,14 +35,14 @@ def _size(chart: HeatMap) -> tuple[float, float]:
 
 def _lines(chart: LineChart, axes: Axes) -> None:
     for index, series in enumerate(chart.drawn):
-        dense = len(series.points) > _MOST_MARKERS
+        dense = len(series.points) > MOST_MARKERS
         errors = [point.error or 0.0 for point in series.points]
         axes.errorbar(
             [point.x for point in series.points], [point.y for point in series.points],
             yerr=errors if any(errors) else None, label=_literal(series.name).lstrip("_") or "?",
-            color=_COLOURS[index % 8], marker=None if dense else _MARKERS[index % 4], markersize=4.5, capsize=2,
-            markerfacecolor="white" if index >= 8 else None,
-            linestyle="none" if not series.line else "-" if index < 8 else "--", linewidth=1.4,
+            color=_COLOURS[index % COLOURS], marker=None if dense else _MARKERS[index % 4], markersize=4.5, capsize=2,
+            markerfacecolor="white" if index >= COLOURS else None,
+            linestyle="none" if not series.line else "-" if index < COLOURS else "--", linewidth=1.4,
         )  # fmt: skip
     for label, level in chart.rules:
         axes.axhline(level, color="black", linestyle=":", linewidth=1, label=_literal(label))
@@ -62,8 +60,10 @@ def _lines(chart: LineChart, axes: Axes) -> None:
 def _scale(axes: Axes, which: str, axis: Axis, values: list[float]) -> None:
     low, high = extent(axis, values)
     places = ticks(axis, low, high, values)
-    found = axes.xaxis if which == "x" else axes.yaxis
-    set_scale = axes.set_xscale if which == "x" else axes.set_yscale
+    if which == "x":
+        found, set_scale, set_limits = axes.xaxis, axes.set_xscale, axes.set_xlim
+    else:
+        found, set_scale, set_limits = axes.yaxis, axes.set_yscale, axes.set_ylim
     if axis.log:
         set_scale("log", base=axis.log)
     found.set_ticks(places, [short(place) for place in places])
@@ -71,7 +71,7 @@ def _scale(axes: Axes, which: str, axis: Axis, values: list[float]) -> None:
     found.set_label_text(_literal(axis.label))
     if axis.low is not None and axis.high is not None:
         air = 0.03 * (high - low)
-        found.axes.set_ylim(low - air, high + air) if which == "y" else found.axes.set_xlim(low - air, high + air)
+        set_limits(low - air, high + air)
 
 
 def _heat(chart: HeatMap, axes: Axes) -> None:

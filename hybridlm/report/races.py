@@ -3,12 +3,11 @@
 import json
 from collections.abc import Sequence
 
-from .blocks import NONE, Block, Cell, Grid, Listing, Score, Section, Table, Words, count, distinct, read_score
-from .charts import Axis, Chart, LineChart, Point, Series, figure
+from .blocks import NONE, Block, Cell, Grid, Listing, Section, Table, Words, count, distinct, read_accuracy
+from .charts import ACCURACY, Axis, Chart, LineChart, Point, Series, figure
 from .node import Node
 from .sources import Source
 
-_ACCURACY = Axis("accuracy", low=0.0, high=1.0)
 _MATCHED = {"parameters": "equal parameters", "state_bytes": "equal state bytes", "flops": "equal FLOPs"}
 
 
@@ -66,10 +65,6 @@ def _ordering(race: Node) -> Words:
     return Words([f"{verdict}: {ordering['claim'].text()} {ordering['why'].text()}"], "good" if shows else "bad")
 
 
-def _score(node: Node, chance: float) -> Score:
-    return read_score(node, "mean", "standard_error", chance)
-
-
 def _table(source: Source, arms: dict[str, Node], chance: float) -> Table:
     steps = sorted({step for arm in arms.values() for step, _ in arm["at"].by_number()})
     threshold = next((arm["steps_to"]["threshold"].number() for arm in arms.values() if "steps_to" in arm), None)
@@ -83,7 +78,7 @@ def _table(source: Source, arms: dict[str, Node], chance: float) -> Table:
                 Cell(arm.optional_text("about") or ""),
                 *(count(arm.optional_number(key)) for key in ("parameters", "state_bytes", "flops_per_token")),
                 count(len(list(arm["seeds"]))),
-                *(_score(scores[step], chance).cell if step in scores else Cell(NONE) for step in steps),
+                *(read_accuracy(scores[step], chance).cell if step in scores else Cell(NONE) for step in steps),
                 *([_steps_to(arm)] if to else []),
             ]
         )
@@ -111,14 +106,12 @@ def _steps_to(arm: Node) -> Cell:
 def _steps(source: Source, arms: dict[str, Node], chance: float) -> Chart | None:
     series = []
     for name, arm in arms.items():
-        points = []
-        for entry in arm.each("curve"):
-            points.append(Point(entry[0].number(), entry[1].number(), entry.optional_number(2)))
+        points = [Point(entry[0].number(), entry[1].number(), entry.optional_number(2)) for entry in arm.each("curve")]
         if points:
             series.append(Series(name, points))
     if not series:
         return None
-    return LineChart("Accuracy against steps", Axis("step", low=0.0), _ACCURACY, series, [("chance", chance)],
+    return LineChart("Accuracy against steps", Axis("step", low=0.0), ACCURACY, series, [("chance", chance)],
                      sources=[source.number])  # fmt: skip
 
 
@@ -129,42 +122,36 @@ def _state(source: Source, arms: dict[str, Node], chance: float) -> Chart | None
         at, size = arm["at"].by_number(), arm.optional_number("state_bytes")
         if at and size and size > 0:
             read, node = at[-1]
-            score = _score(node, chance)
-            series.append(Series(name, [Point(size, score.value, score.error)], line=False))
+            series.append(Series(name, [read_accuracy(node, chance).at(size)], line=False))
     if not series:
         return None
-    return LineChart("Accuracy against state bytes", Axis("state bytes of a row", log=2), _ACCURACY, series,
+    return LineChart("Accuracy against state bytes", Axis("state bytes of a row", log=2), ACCURACY, series,
                      [("chance", chance)], sources=[source.number], note=f"At step {read:,.0f}.")  # fmt: skip
 
 
 def _lengths(source: Source, arms: dict[str, Node], chance: float) -> Chart | None:
     series = []
     for name, arm in arms.items():
-        scores = [(length, _score(node, chance)) for length, node in _by_length(arm)]
-        if scores:
-            series.append(Series(name, [Point(length, score.value, score.error) for length, score in scores]))
+        points = [read_accuracy(node, chance).at(length) for length, node in arm.by_number("lengths")]
+        if points:
+            series.append(Series(name, points))
     if not series:
         return None
     trained = source.data["task"]["length"].number()
-    return LineChart("Accuracy against length", Axis("length (tokens)", log=2), _ACCURACY, series,
+    return LineChart("Accuracy against length", Axis("length (tokens)", log=2), ACCURACY, series,
                      [("chance", chance)], [("trained length", trained)], [source.number])  # fmt: skip
 
 
-def _by_length(arm: Node) -> list[tuple[float, Node]]:
-    found = arm.get("lengths")
-    return [] if found is None else found.by_number()
-
-
 def _length_table(source: Source, arms: dict[str, Node], chance: float) -> Table | None:
-    lengths = sorted({length for arm in arms.values() for length, _ in _by_length(arm)})
+    lengths = sorted({length for arm in arms.values() for length, _ in arm.by_number("lengths")})
     if not lengths:
         return None
     rows = []
     for name, arm in arms.items():
-        scores = dict(_by_length(arm))
-        cells = [_score(scores[length], chance).cell if length in scores else Cell(NONE) for length in lengths]
+        scores = dict(arm.by_number("lengths"))
+        cells = [read_accuracy(scores[length], chance).cell if length in scores else Cell(NONE) for length in lengths]
         rows.append([Cell(name), *cells])
     titles = ["arm", *(f"{length:,.0f} tokens" for length in lengths)]
-    chances = {_score(score, chance).chance for arm in arms.values() for _, score in _by_length(arm)}
+    chances = {read_accuracy(score, chance).chance for arm in arms.values() for _, score in arm.by_number("lengths")}
     note = f"Chance is {' to '.join(f'{value:.4g}' for value in sorted({min(chances), max(chances)}))}."
     return Table("Accuracy by length", titles, rows, [source.number], note)

@@ -12,7 +12,7 @@ from .node import Node
 
 KINDS = ("eval", "race", "training", "check", "isoflop", "memory")
 METRICS = "metrics.jsonl"
-MOST_DEPTH = 3  # folders below the one that was named
+_MOST_DEPTH = 3  # folders below the one that was named
 # parts of runs, whose results stand in the files beside them
 _LEFT_OUT = ("cells", "runs", "checkpoint-", ".")
 
@@ -116,7 +116,7 @@ def _result_files(folder: Path, depth: int) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir():
             left_out = entry.name.startswith(_LEFT_OUT) or entry.name.endswith("_runs")
-            if not left_out and depth < MOST_DEPTH:
+            if not left_out and depth < _MOST_DEPTH:
                 yield from _result_files(entry, depth + 1)
             continue
         unfinished = entry.name == METRICS and "results.json" not in names  # of a run that has not ended
@@ -134,7 +134,7 @@ def _read(path: Path, name: str, number: int, named: bool) -> Source | None:
         data = Node(name, "", {"name": path.resolve().parent.name})
         return Source(number, name, "training", data, digest, f"file written {written}", {}, records, digest)
     data = Node(name, "", _parse(raw, name))
-    kind = kind_of(data.value)
+    kind = _kind(data.value)
     if kind not in KINDS:
         if not named:
             return None
@@ -147,12 +147,11 @@ def _read(path: Path, name: str, number: int, named: bool) -> Source | None:
         text = _bytes(beside)
         records = _records(text, str(Path(name).with_name(METRICS)))
         records_digest = hashlib.sha256(text).hexdigest()
-    said = data.optional_text("date")
-    date = said if said else f"file written {written}"
+    date = data.optional_text("date") or f"file written {written}"
     return Source(number, name, kind, data, digest, date, _versions(data), records, records_digest)
 
 
-def kind_of(data: Any) -> str | None:
+def _kind(data: Any) -> str | None:
     """What the file says that it is, or, where it does not say, what it looks like."""
     if not isinstance(data, dict):
         return None

@@ -7,11 +7,22 @@ which the page's content security policy forbids.
 import math
 from xml.etree import ElementTree as ET
 
-from .charts import Axis, Chart, HeatMap, LineChart, Point, Series, extent, figure, short, ticks
+from .charts import (
+    COLOURS,
+    MOST_MARKERS,
+    Axis,
+    Chart,
+    HeatMap,
+    LineChart,
+    Point,
+    Series,
+    extent,
+    figure,
+    short,
+    ticks,
+)
 
-COLOURS = 8  # classes s0 to s7 of the style sheet; then they come again, dashed
 SHADES = 10  # classes h0 to h10
-MOST_MARKERS = 40
 _WIDTH, _HEIGHT = 600, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 46
 _CELL_WIDTH, _CELL_HEIGHT = 64, 28
@@ -58,6 +69,7 @@ def _add(parent: ET.Element, tag: str, look: str, text: str | None = None, **att
 
 
 def _look(index: int) -> str:
+    """Classes s0 to s7 of the style sheet."""
     return f"s{index % COLOURS}" + (" again" if index >= COLOURS else "")
 
 

@@ -156,7 +156,7 @@ def _routing(runs: Sequence[Run]) -> list[Block]:
             for key, title in (_ROUTERS | _DEPTHS).items()
             if (chart := _chart(run, labels, key, title)) is not None
         ]
-        blocks.append(Grid(run.name, list(charts)))
+        blocks.append(Grid(run.name, charts))
         rows += [_last(run, label) for label in labels]
     if rows:
         titles = [

@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "merges.txt",
 )
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("hybridlm", "numpy", "tokenizers", "torch", "transformers")
 
@@ -66,7 +67,7 @@ class Evaluated:
     @cached_property
     def model_hash(self) -> str:
         """SHA-256 of the config and the weights."""
-        return folder_hash(self.folder, ("config.json", "*.safetensors", "*.bin"))
+        return folder_hash(self.folder, MODEL_FILES)
 
     @cached_property
     def tokenizer_hash(self) -> str | None:
@@ -88,13 +89,17 @@ class Evaluated:
         }
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def folder_hash(folder: Path, patterns: tuple[str, ...]) -> str:
     """SHA-256 over names and contents of the files that match, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + b"\0" + bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 

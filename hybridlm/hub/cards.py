@@ -94,6 +94,11 @@ def template_text() -> str:
     return data_path("hub_cards", TEMPLATE).read_text(encoding="utf-8")
 
 
+def template_hash(template: str) -> str:
+    """SHA-256 of a template, by which a card names it."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
 def check_name(name: str, where: str = "--name") -> None:
     """Refuse what the Hub takes for no name.
 
@@ -122,7 +127,7 @@ def render_card(bundle: Bundle, template: str | None = None) -> Card:
         "has_tokenizer": bundle.has_tokenizer,
         "has_curve": bundle.has_curve,
         "package": {"hybridlm": importlib.metadata.version("hybridlm")},
-        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "template": template_hash(template),
         "files": [{"path": path, "sha": digest} for path, digest in sorted(bundle.all_hashes().items())],
     }
     sources = bundle.sources()
@@ -133,9 +138,10 @@ def render_card(bundle: Bundle, template: str | None = None) -> Card:
     ledger["figures"] = [[f.value, f.form, f.file, f.pointer] for f in figures]
     ledger["metadata"] = {place: [f.value, f.form, f.file, f.pointer] for place, f in metadata.items()}
     text = f"---\n{yaml_dump(header).strip()}\n---\n\n{body.strip()}\n"
-    problem = unbacked(split_card(text)[1], [(str(f.value), f.place) for f in figures])
+    read_header, read_body = split_card(text)
+    problem = unbacked(read_body, [(str(f.value), f.place) for f in figures])
     if problem is None:
-        problem = next(unbacked_metadata(split_card(text)[0], ledger["metadata"]), None)
+        problem = next(unbacked_metadata(read_header, ledger["metadata"]), None)
     if problem is not None:
         raise CardError(f"the card would print a number without a source: {problem}")
     check_metadata(text)

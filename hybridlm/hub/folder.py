@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-import hybridlm  # noqa: F401 - registers our models with the Auto classes
 from hybridlm import presets
-from hybridlm.evaluation.loading import TOKENIZER_FILES, folder_hash
+from hybridlm.evaluation.loading import MODEL_FILES, TOKENIZER_FILES, file_hash, folder_hash
 from hybridlm.evaluation.runner import write_whole
 
 from .cards import CONFIG, CURVE, FACTS, LEDGER, PLAN, RESULTS, RUN_FILE, TRAINING, Bundle, Card, dump, kind_of
@@ -20,7 +19,7 @@ from .describe import plan_record
 from .facts import check_facts, facts_of_config, load_facts
 from .figures import CardError, read_json
 from .folders import read_config
-from .golden import GOLDEN, file_hash, weight_files, write_golden
+from .golden import GOLDEN, weight_files, write_golden
 from .prune import prune_code
 
 SHOWN = ("eval", "check", "race", "training")  # kinds of results that a card shows
@@ -47,9 +46,9 @@ def result_files(places: Sequence[str | Path]) -> dict[str, bytes]:
             name = TRAINING if kinds[path] == "training" else f"{RESULTS}/{path.name}"
             if name in OWN_FILES:
                 raise CardError(f"--results: {path}: a file of this name is written with the card; rename it")
-            if found.get(name, path.read_bytes()) != path.read_bytes():
+            data = path.read_bytes()
+            if found.setdefault(name, data) != data:
                 raise CardError(f"--results: two files would become {name}; rename one")
-            found[name] = path.read_bytes()
     return found
 
 
@@ -95,8 +94,7 @@ def build_bundle(
         bundle.has_curve = (folder / CURVE).is_file()
         if (folder / GOLDEN).is_file():
             bundle.hashes[GOLDEN] = file_hash(folder / GOLDEN)
-        for path, data in files.items():
-            check_source(path, data, folder)
+        check_sources(files, folder)
     return bundle
 
 
@@ -114,31 +112,39 @@ def _check_name_of(path: str, data: bytes, names: set[str | None]) -> None:
 
 def _stored(folder: Path) -> dict[str, bytes]:
     """Result files and the run file that the folder holds already."""
-    found = {path: (folder / path).read_bytes() for path in (RUN_FILE,) if (folder / path).is_file()}
+    found = {RUN_FILE: (folder / RUN_FILE).read_bytes()} if (folder / RUN_FILE).is_file() else {}
     for path in sorted((folder / RESULTS).glob("*.json")):
         if kind_of(read_json(path)) in (*SHOWN, "facts"):
             found[f"{RESULTS}/{path.name}"] = path.read_bytes()
     return found
 
 
-def check_source(path: str, data: bytes, folder: Path) -> None:
+def check_sources(files: dict[str, bytes], folder: Path) -> None:
     """Refuse results that say that they are of other weights, and facts that hold numbers.
+
+    Args:
+        files: Content by path.
+        folder: The model folder; its weights are read once, and only if there are results to compare them with.
 
     Raises:
         ValueError: They are, or do.
     """
-    content = json.loads(data) if path.endswith(".json") else {}
-    if kind_of(content) == "facts":
-        check_facts({key: value for key, value in content.items() if key not in ("kind", "tiny")}, path)
-    if kind_of(content) == "eval":
-        digest = folder_hash(folder, ("config.json", "*.safetensors", "*.bin"))
-        if content["model"]["hash"] != digest:
-            raise CardError(
-                f"{path}: of a model with the hash {content['model']['hash'][:12]}, and {folder} has {digest[:12]}; "
-                "run `hybridlm eval` on this folder"
-            )
-    if kind_of(content) == "check" and len(content["models"]) != 1:
-        raise CardError(f"{path}: holds {len(content['models'])} models, expected a check of this one")
+    digest = ""
+    for path, data in files.items():
+        content = json.loads(data) if path.endswith(".json") else {}
+        kind = kind_of(content)
+        if kind == "facts":
+            check_facts({key: value for key, value in content.items() if key not in ("kind", "tiny")}, path)
+        elif kind == "eval":
+            digest = digest or folder_hash(folder, MODEL_FILES)
+            found = content["model"]["hash"]
+            if found != digest:
+                raise CardError(
+                    f"{path}: of a model with the hash {found[:12]}, and {folder} has {digest[:12]}; "
+                    "run `hybridlm eval` on this folder"
+                )
+        elif kind == "check" and len(content["models"]) != 1:
+            raise CardError(f"{path}: holds {len(content['models'])} models, expected a check of this one")
 
 
 def prepare(

@@ -1,6 +1,5 @@
 """Golden logits: what the weights gave when they were stored, so that anyone can see that they still do."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hybridlm.evaluation.loading import file_hash
 
 # in a folder of its own: some loaders take every safetensors file beside the config for weights
 GOLDEN = "golden/golden.safetensors"
@@ -47,12 +48,6 @@ class Golden:
 def weight_files(folder: Path) -> list[Path]:
     """The weights of a model folder."""
     return sorted(folder.glob("*.safetensors"))
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def golden_prompt(vocab_size: int) -> Tensor:

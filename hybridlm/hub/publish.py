@@ -5,7 +5,6 @@ files that the repository has and large files whose content the storage has. (`u
 in the folder, and is gone from version 2.)
 """
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .cards import LEDGER, template_text
+from hybridlm.evaluation.loading import file_hash
+
+from .cards import LEDGER, template_hash, template_text
 from .figures import CardError, read_json
-from .golden import file_hash, read_golden
+from .golden import read_golden
 from .safety import folder_files, secrets, too_large
 from .verify import load_problems, verify
 
@@ -61,8 +62,7 @@ def _outdated(folder: Path) -> list[str]:
         ledger = read_json(folder / LEDGER)
     except CardError:
         return []  # which was said
-    digest = hashlib.sha256(template_text().encode()).hexdigest()
-    if not isinstance(ledger, dict) or ledger.get("template") == digest:
+    if not isinstance(ledger, dict) or ledger.get("template") == template_hash(template_text()):
         return []
     return [f"{LEDGER}: the card was rendered from another template; `hybridlm card FOLDER` renders it again"]
 

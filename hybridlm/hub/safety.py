@@ -101,7 +101,8 @@ def pickle_reason(path: Path) -> str:
         return "a NumPy array of objects, which is a pickle" if _holds_objects(head) else ""
     if zipfile.is_zipfile(path):
         try:
-            names = zipfile.ZipFile(path).namelist()
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
         except zipfile.BadZipFile:
             return "an archive that is torn"
         return "a PyTorch archive with a pickle" if any(name.endswith("data.pkl") for name in names) else "an archive"

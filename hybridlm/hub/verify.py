@@ -1,6 +1,5 @@
 """Hold a model folder to what it says of itself: hashes, golden logits, and every number on its card."""
 
-import hashlib
 import json
 import tempfile
 import uuid
@@ -10,16 +9,16 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from hybridlm.evaluation.loading import TOKENIZER_FILES
+from hybridlm.evaluation.loading import TOKENIZER_FILES, file_hash
 from hybridlm.testing.base import NotApplicable
 from hybridlm.testing.workers import POOL
 
 from .card_text import check_metadata, split_card, unbacked_metadata
-from .cards import CONFIG, LEDGER, PLAN, RESULTS, TRAINING, Bundle, kind_of, render_card, template_text
+from .cards import CONFIG, LEDGER, PLAN, RESULTS, TRAINING, Bundle, kind_of, render_card, template_hash, template_text
 from .describe import plan_record
 from .figures import CardError, derive, has_digit, read_json, unbacked
-from .folder import check_source
-from .golden import GOLDEN, Golden, file_hash, read_golden, wrong_hashes
+from .folder import check_sources
+from .golden import GOLDEN, Golden, read_golden, wrong_hashes
 from .safety import unsafe_files
 
 TIMEOUT = 600.0
@@ -115,8 +114,8 @@ def _card_problems(folder: Path) -> Iterator[str]:
         if not path.is_file():
             missing = True
             yield f"{file['path']}: missing, and the card's numbers come from it"
-        elif file_hash(path) != file["sha"]:
-            yield f"{file['path']}: its hash {file_hash(path)[:12]} is not {file['sha'][:12]}, which the card names"
+        elif (digest := file_hash(path)) != file["sha"]:
+            yield f"{file['path']}: its hash {digest[:12]} is not {file['sha'][:12]}, which the card names"
         if path.is_file() and file["path"] != GOLDEN:
             bundle.files[file["path"]] = path.read_bytes()
         else:
@@ -150,15 +149,14 @@ def _figure_problems(folder: Path, ledger: dict[str, Any], bundle: Bundle) -> It
 
 def _source_problems(folder: Path, ledger: dict[str, Any], bundle: Bundle) -> Iterator[str]:
     """Hold the stored files against the model, and the list of figures against what the template prints."""
-    for path, data in bundle.files.items():
-        check_source(path, data, folder)
+    check_sources(bundle.files, folder)
     if PLAN in bundle.files:
         training = json.loads(bundle.files[TRAINING]) if TRAINING in bundle.files else None
         planned = plan_record(json.loads(bundle.files[CONFIG]), training["data"]["length"] if training else None)
         if json.loads(json.dumps(planned)) != json.loads(bundle.files[PLAN]):
             yield f"{PLAN}: is not what the planner says of config.json"
     template = template_text()
-    if hashlib.sha256(template.encode()).hexdigest() == ledger["template"]:
+    if template_hash(template) == ledger["template"]:
         again = render_card(bundle).ledger
         for key in ("figures", "metadata"):
             if json.loads(json.dumps(again[key])) != ledger[key]:

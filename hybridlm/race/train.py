@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import hybridlm
 from hybridlm.data.recall import NO_LABEL, RecallRows
 from hybridlm.evaluation import runs
-from hybridlm.evaluation.loading import versions
+from hybridlm.evaluation.loading import file_hash, versions
 from hybridlm.evaluation.symbols import token_rows
 from hybridlm.modeling.losses import update_selection_bias
 from hybridlm.modeling.modeling_hybridlm import HybridLMForCausalLM
@@ -182,12 +182,6 @@ def load_weights(model: HybridLMForCausalLM, path: Path) -> None:
     assert set(missing) <= {"lm_head.weight"}
     assert not unknown
     model.tie_weights()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finish(race: Race, entrants: dict[str, Entrant], folder: Path, arm: str, seed: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from runtime_part import FadingPosition, LeakyMixer
 from safetensors.torch import save_file
 
 from hybridlm import MIXERS, HybridLMConfig, HybridLMForCausalLM, presets
-from hybridlm.evaluation.loading import file_hash
+from hybridlm.evaluation.loading import file_hash, folder_hash
+from hybridlm.hub import folder as preparing
 from hybridlm.hub.cards import LEDGER
 from hybridlm.hub.folder import prepare
 from hybridlm.hub.golden import GOLDEN, read_golden, write_golden
@@ -263,6 +264,14 @@ def test_a_card_of_results_that_do_not_belong_is_refused(folder, tmp_path, cli):
         assert said.exit_code == 2, said.output
         assert reason in said.output
         assert (folder / "README.md").read_text() == before
+
+
+def test_the_weights_are_hashed_once_for_all_results(folder, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(preparing, "folder_hash", lambda *given: hashed.append(given) or folder_hash(*given))
+    shutil.copy(folder / "results/babi.json", folder / "results/more.json")
+    prepare(folder)
+    assert (len(hashed), hashed[0][0]) == (1, folder)
 
 
 def test_the_card_of_a_preset_is_printed(cli, tmp_path):
